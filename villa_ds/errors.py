@@ -1,0 +1,40 @@
+"""Errors that a user can mend: one line that names the offending value and the mend.
+
+`villa_ds.cli` turns each into a line on stderr and its `exit_code`; anything else is a bug and keeps its traceback.
+"""
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, requeue me
+
+
+class VillaError(Exception):
+    """Base class. Raise a subclass with a message that a user can act on."""
+
+    exit_code = 2
+
+
+class ConfigError(VillaError):
+    """A recipe, an override or a DeepSpeed configuration is wrong; names the dotted key."""
+
+
+class DataError(VillaError):
+    """A shard set is not what it should be (missing manifest, wrong width, unknown schema); names the file."""
+
+
+class DamageError(VillaError):
+    """Bytes on disk are damaged (torn tar, checksum mismatch) beyond what the quarantine allows; names the shard."""
+
+    exit_code = 3
+
+
+class WeightsError(VillaError):
+    """Weights do not fit the model; names the tensors and both shapes."""
+
+
+class CheckpointError(VillaError):
+    """A checkpoint or run directory does not fit the run; names the difference."""
+
+
+class NonFiniteError(VillaError):
+    """A loss or gradient is not finite; raised before the update, names step and objective."""
+
+    exit_code = 3

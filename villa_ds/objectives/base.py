@@ -1,0 +1,81 @@
+"""The objective protocol: one concept for a pre-training task and a downstream task.
+
+The data side (`prepare`) runs in loader processes and touches numpy only; the model side builds a head once and turns
+encoded states into a loss. An objective holds settings, never parameters: heads live in the module that is trained.
+"""
+
+import abc
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
+from villa_ds.config import ObjectivesConfig
+from villa_ds.data.manifest import Manifest
+from villa_ds.errors import ConfigError
+from villa_ds.models.backbone import Backbone
+from villa_ds.rng import Stream
+
+Sums = Mapping[str, tuple[Tensor, Tensor]]
+
+
+class Objective(abc.ABC):
+    """One task. Subclasses are picklable and hold plain settings."""
+
+    name: str
+    head_name: str  # key of the head in the trained module, the reference code's own; objectives may share one
+    reads: Reads
+    negative_probability: float = 0.0  # share of pairs whose image the plan replaces by another
+
+    @abc.abstractmethod
+    def prepare(self, sample: Sample, stream: Stream) -> Example:
+        """Special tokens, masks and targets of one sample; all randomness from `stream`."""
+
+    @abc.abstractmethod
+    def build_head(self, backbone: Backbone) -> nn.Module:
+        """A freshly initialised head; may share parameters with `backbone` (tied weights)."""
+
+    @abc.abstractmethod
+    def loss(self, head: nn.Module, encoded: Encoded, batch: Batch) -> LossOutput:
+        """Loss, logits and metric sums of one pass."""
+
+    def divergence(self, logits: Tensor, other: Tensor) -> Tensor:
+        """Symmetric Kullback-Leibler divergence: summed over classes, mean over the other axes. Scalar.
+
+        Elementwise it is (p - q)(log p - log q), derivatives through both arguments (VILLA, Eq. 3 and released code).
+        """
+        return symmetric_kl(logits, other)
+
+    def metrics(self, output: LossOutput, batch: Batch) -> Sums:
+        """Further (sum, count) pairs for evaluation, such as accuracy. Default: none."""
+        return {}
+
+
+def symmetric_kl(logits: Tensor, other: Tensor) -> Tensor:
+    """KL(p||q) + KL(q||p) of two sets of logits [..., C]: summed over C, mean over the rest; float32 or wider."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    log_p, log_q = logits.to(wide).log_softmax(-1), other.to(wide).log_softmax(-1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
+
+
+Builder = Callable[[str, ObjectivesConfig, Manifest], Objective]
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register(*names: str) -> Callable[[Builder], Builder]:
+    """Decorator of a builder ``(name, settings, manifest) -> Objective``."""
+
+    def add(builder: Builder) -> Builder:
+        for name in names:
+            _BUILDERS[name] = builder
+        return builder
+
+    return add
+
+
+def build_objective(name: str, settings: ObjectivesConfig, manifest: Manifest) -> Objective:
+    """The objective `name` for a data set described by `manifest` (its vocabulary, detector classes, answers)."""
+    if name not in _BUILDERS:
+        raise ConfigError(f"objective {name!r} is not one of {', '.join(sorted(_BUILDERS))}")
+    return _BUILDERS[name](name, settings, manifest)

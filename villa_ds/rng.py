@@ -1,0 +1,47 @@
+"""Counter-based random streams: what is drawn depends on a key, never on rank, worker or history.
+
+A `Stream` is keyed by a path such as ``(seed, "demo", "prepare", epoch, sample)``. Its numbers come from the raw words of
+Philox 4x64 and arithmetic written here, so they are the same for every numpy version (numpy's own ``Generator`` methods
+may change theirs).
+"""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+Key = int | str
+
+
+def key_of(*path: Key) -> int:
+    """128-bit key of a path. Types are part of the key: ``1`` and ``"1"`` differ."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in path)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+def seed_of(*path: Key) -> int:
+    """63-bit seed of a path, for ``torch.manual_seed``."""
+    return key_of(*path) & (2**63 - 1)
+
+
+class Stream:
+    """Random numbers of one key, drawn in order."""
+
+    def __init__(self, *path: Key) -> None:
+        self._bits = np.random.Philox(key=key_of(*path))
+
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """`count` words, uniform over 64 bits."""
+        return np.asarray(self._bits.random_raw(count), dtype=np.uint64)
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """`count` numbers in [0, 1), on the grid of 2**-53."""
+        return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def integers(self, count: int, high: int) -> NDArray[np.int64]:
+        """`count` integers in [0, high); high < 2**32 (the bias is below high / 2**32 * 2**-21)."""
+        return np.minimum((self.uniform(count) * high).astype(np.int64), high - 1)
+
+    def permutation(self, count: int) -> NDArray[np.int64]:
+        """A permutation of 0..count-1."""
+        return np.argsort(self.words(count), kind="stable").astype(np.int64)
