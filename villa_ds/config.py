@@ -1,27 +1,18 @@
 """Recipes: frozen dataclasses that check themselves, read from YAML with ``key=value`` overrides.
 
-An unknown key, a value of the wrong type or out of range is a `ConfigError` with the dotted key. Numbers carry their unit
-in the field comment; defaults are the release's settings unless the comment says otherwise.
+An unknown key, a value of the wrong type or out of range is a `ConfigError` with the dotted key. Numbers carry their
+unit in the field comment; defaults are the release's settings unless the comment says otherwise.
 """
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
-from villa_ds.errors import ConfigError
-
-T = TypeVar("T")
-
-
-def _require(condition: bool, key: str, value: object, mend: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key}: {value!r} does not do: {mend}")
+from villa_ds.mapping import from_mapping, read_yaml, require, to_mapping
 
 
 @dataclass(frozen=True)
@@ -60,8 +51,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "rows_multiple", "lanes", "window", "max_text_length", "prefetch"):
-            _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "give 1 or more")
-        _require(self.workers >= 0, "data.workers", self.workers, "give 0 or more")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
+        require(self.workers >= 0, "workers", self.workers, "give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,7 @@ class TaskConfig:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.weight > 0, "tasks.weight", self.weight, "give a positive share, or leave the task out")
+        require(self.weight > 0, "weight", self.weight, "give a positive share, or leave the task out")
 
 
 @dataclass(frozen=True)
@@ -148,10 +139,10 @@ class AdversaryConfig:
     warmup_steps: int = 0  # optimizer steps over which step size and bounds grow linearly from the phase's start
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "adversary.steps", self.steps, "give 1 or more")
-        _require(
+        require(self.steps >= 1, "steps", self.steps, "give 1 or more")
+        require(
             self.modality != "alternate" or self.objective == "released",
-            "adversary.modality",
+            "modality",
             self.modality,
             "objective paper already perturbs one modality at a time: use modality both",
         )
@@ -159,10 +150,10 @@ class AdversaryConfig:
             modality: ModalityConfig = getattr(self, name)
             for item in dataclasses.fields(ModalityConfig):
                 value = getattr(modality, item.name)
-                _require(value >= 0, f"adversary.{name}.{item.name}", value, "give 0 or more")
-            _require(
+                require(value >= 0, f"{name}.{item.name}", value, "give 0 or more")
+            require(
                 self.init == "zero" or max(modality.init_norm, modality.max_norm) > 0 or not self.perturbs(name),
-                f"adversary.{name}.init_norm",
+                f"{name}.init_norm",
                 modality.init_norm,
                 f"init {self.init} needs init_norm or max_norm above 0",
             )
@@ -181,7 +172,7 @@ class PhaseConfig:
     adversary: AdversaryConfig | None = None
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "phases.steps", self.steps, "give 1 or more")
+        require(self.steps >= 1, "steps", self.steps, "give 1 or more")
 
 
 @dataclass(frozen=True)
@@ -195,12 +186,20 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     clip_norm: float = 5.0  # global gradient norm; 0: no clipping
     schedule: Literal["linear", "constant", "noam", "vqa_steps"] = "linear"
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # vqa_steps: the length of each of its three stairs
+    decay_start: int = 20000  # vqa_steps: the last optimizer step at the full rate
+    decay_interval: int = 2000  # vqa_steps: optimizer steps from one decay to the next
+    decay_rate: float = 0.2  # vqa_steps: factor of each decay
     head_multiplier: float = 1.0  # learning-rate factor of the downstream head
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "give a positive rate")
-        _require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "give 0 (no clipping) or more")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "give a positive rate")
+        require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "give 0 (no clipping) or more")
+        for beta in self.betas:
+            require(0 <= beta < 1, "betas", list(self.betas), "give two numbers in [0, 1)")
+        for name in ("eps", "weight_decay", "warmup_steps", "decay_start", "decay_rate", "head_multiplier"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        require(self.decay_interval >= 1, "decay_interval", self.decay_interval, "give 1 or more")
 
 
 @dataclass(frozen=True)
@@ -223,15 +222,15 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointsConfig:
     """When the state is saved and how much of it is kept."""
 
     every: int = 1000  # optimizer steps; the end of the run always saves
     keep_last: int = 2
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, "checkpoint.every", self.every, "give 1 or more")
-        _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "give 1 or more")
+        require(self.every >= 1, "every", self.every, "give 1 or more")
+        require(self.keep_last >= 1, "keep_last", self.keep_last, "give 1 or more")
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,6 @@ class LogConfig:
     """What a run writes beside its checkpoints."""
 
     every: int = 10  # optimizer steps between lines on the terminal; metrics.jsonl has every step
-    sample_ids: bool = False  # write the ids of every step's samples to metrics.jsonl
     tensorboard: bool = True
 
 
@@ -259,21 +257,22 @@ class Recipe:
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     validation: ValidationConfig = ValidationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
     log: LogConfig = LogConfig()
+    log_sample_ids: bool = False  # write the ids of every step's samples to metrics.jsonl
 
     def __post_init__(self) -> None:
-        _require(len(self.tasks) > 0, "tasks", list(self.tasks), "name at least one data set and objective")
-        _require(len(self.phases) > 0, "phases", list(self.phases), "name at least one phase")
+        require(len(self.tasks) > 0, "tasks", list(self.tasks), "name at least one data set and objective")
+        require(len(self.phases) > 0, "phases", list(self.phases), "name at least one phase")
         for position, task in enumerate(self.tasks):
-            _require(
+            require(
                 task.data in self.data.sets,
                 f"tasks.{position}.data",
                 task.data,
                 f"data.sets has {sorted(self.data.sets)}",
             )
         for name in self.data.validation:
-            _require(name in self.data.sets, f"data.validation.{name}", name, "it needs a training set of that name")
+            require(name in self.data.sets, f"data.validation.{name}", name, "it needs a training set of that name")
 
     @property
     def total_steps(self) -> int:
@@ -288,137 +287,9 @@ class Recipe:
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply ``dotted.key=value`` overrides (values are YAML), check everything."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the recipe: {error.strerror}") from None
-    try:
-        mapping = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys to values")
-    for override in overrides:
-        _apply_override(mapping, override)
-    return from_mapping(Recipe, mapping, "")
+    return from_mapping(Recipe, read_yaml(path, overrides), "")
 
 
 def dump(config: Any) -> str:
     """YAML of a configuration; reads back to an equal one."""
     return yaml.safe_dump(to_mapping(config), sort_keys=False, width=120)
-
-
-def to_mapping(value: Any) -> Any:
-    """Plain dicts, lists and scalars of a configuration."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: to_mapping(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_mapping(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_mapping(item) for item in value]
-    return value
-
-
-def from_mapping(cls: type[T], mapping: object, path: str) -> T:
-    """Build the dataclass `cls` from a mapping; `path` is the dotted key of the mapping, for messages."""
-    if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{path or 'recipe'}: expected keys and values, got {mapping!r}")
-    hints = typing.get_type_hints(cls)
-    known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in mapping:
-        if key not in known:
-            raise ConfigError(f"{_join(path, str(key))}: unknown key; known here: {', '.join(known)}")
-    values = {key: _convert(hints[key], value, _join(path, key)) for key, value in mapping.items()}
-    try:
-        return cls(**values)
-    except TypeError:
-        missing = [
-            item.name
-            for item in dataclasses.fields(cls)  # type: ignore[arg-type]
-            if item.name not in values
-            and item.default is dataclasses.MISSING
-            and item.default_factory is dataclasses.MISSING
-        ]
-        raise ConfigError(f"{_join(path, missing[0])}: missing, give it a value") from None
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def _apply_override(mapping: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"{override!r}: an override has the form dotted.key=value")
-    *parents, last = key.split(".")
-    node: Any = mapping
-    for parent in parents:
-        if isinstance(node, list):
-            node = _element(node, parent, key)
-        else:
-            if node.get(parent) is None:
-                node[parent] = {}
-            node = node[parent]
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"{key}: {parent} is a value, not a group of keys")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{key}: {text!r} is not YAML") from None
-    if isinstance(node, list):
-        _element(node, last, key)
-        node[int(last)] = value
-    else:
-        node[last] = value
-
-
-def _element(node: list[Any], index: str, key: str) -> Any:
-    if not index.isdigit() or int(index) >= len(node):
-        raise ConfigError(f"{key}: {index!r} is not one of the {len(node)} list elements, counted from 0")
-    return node[int(index)]
-
-
-def _convert(hint: Any, value: object, path: str) -> Any:
-    """`value` as the type `hint`, or a ConfigError that names `path`."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(argument for argument in arguments if argument is not type(None)), value, path)
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{path}: {value!r} is not one of {', '.join(map(str, arguments))}")
-        return value
-    if dataclasses.is_dataclass(hint):
-        return from_mapping(typing.cast(type, hint), value, path)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{path}: expected a list, got {value!r}")
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_convert(arguments[0], item, f"{path}.{index}") for index, item in enumerate(value))
-        if len(value) != len(arguments):
-            raise ConfigError(f"{path}: expected {len(arguments)} values, got {len(value)}")
-        return tuple(_convert(argument, item, path) for argument, item in zip(arguments, value, strict=True))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path}: expected keys and values, got {value!r}")
-        return {str(key): _convert(arguments[1], item, _join(path, str(key))) for key, item in value.items()}
-    return _convert_scalar(hint, value, path)
-
-
-def _convert_scalar(hint: type, value: object, path: str) -> object:
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint is float and not isinstance(value, bool):
-        if isinstance(value, int | float):
-            return float(value)
-        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-            try:
-                return float(value)
-            except ValueError:
-                pass
-    if hint is str and isinstance(value, str):
-        return value
-    raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r}")

@@ -1,0 +1,169 @@
+"""Dataclasses from and to plain mappings, and mappings from YAML with ``dotted.key=value`` overrides.
+
+Everything that does not fit is a `ConfigError` with the dotted key. A dataclass checks its own values in
+``__post_init__`` with `require`, whose keys are relative to it; `from_mapping` puts the path in front.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from villa_ds.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def require(condition: bool, key: str, value: object, mend: str) -> None:
+    """Raise a ConfigError about the field `key` unless `condition`."""
+    if not condition:
+        raise ConfigError(f"{key}: {value!r} does not do: {mend}")
+
+
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file with the overrides (whose values are YAML) applied in order.
+
+    Raises ConfigError if the file is not readable, not YAML, not a mapping, or gives a key twice.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text, byte {error.start} is {error.object[error.start]:#04x}") from None
+    try:
+        _refuse_repeated_keys(yaml.compose(text, yaml.SafeLoader), "")
+        mapping = to_mapping(yaml.safe_load(text))  # a copy without YAML's sharing: an override reaches one place only
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values")
+    for override in overrides:
+        _apply_override(mapping, override)
+    return mapping
+
+
+def to_mapping(value: Any) -> Any:
+    """Plain dicts, lists and scalars of a dataclass or of anything made of mappings and sequences."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: to_mapping(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_mapping(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_mapping(item) for item in value]
+    return value
+
+
+def from_mapping(cls: type[T], mapping: object, path: str) -> T:
+    """Build the dataclass `cls` from a mapping; `path` is the dotted key of the mapping, for messages."""
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{path or 'recipe'}: expected keys and values, got {mapping!r}")
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    for key in mapping:
+        if key not in hints:
+            raise ConfigError(f"{_join(path, str(key))}: unknown key; known here: {', '.join(f.name for f in fields)}")
+    for item in fields:
+        optional = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
+        if item.name not in mapping and not optional:
+            raise ConfigError(f"{_join(path, item.name)}: missing, give it a value")
+    values = {key: _convert(hints[key], value, _join(path, key)) for key, value in mapping.items()}
+    try:
+        return cls(**values)
+    except ConfigError as error:  # of the class's own checks
+        raise ConfigError(_join(path, str(error))) from None
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _refuse_repeated_keys(node: yaml.Node | None, path: str) -> None:
+    """YAML's loader would let the last of two equal keys win in silence."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _refuse_repeated_keys(item, _join(path, str(index)))
+    if isinstance(node, yaml.MappingNode):
+        keys = [str(key.value) for key, _ in node.value]
+        for key, (_, item) in zip(keys, node.value, strict=True):
+            if keys.count(key) > 1:
+                raise ConfigError(f"{_join(path, key)}: given {keys.count(key)} times, keep one")
+            _refuse_repeated_keys(item, _join(path, key))
+
+
+def _apply_override(mapping: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r}: an override has the form dotted.key=value")
+    *parents, last = key.split(".")
+    node: Any = mapping
+    for parent in parents:
+        if isinstance(node, list):
+            node = node[_position(node, parent, key)]
+        else:
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"{key}: {parent} is {node!r}, not a group of keys")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: {text!r} is not YAML") from None
+    node[_position(node, last, key) if isinstance(node, list) else last] = value
+
+
+def _position(node: list[Any], index: str, key: str) -> int:
+    if not index.isdecimal() or int(index) >= len(node):
+        raise ConfigError(f"{key}: {index!r} is not one of the {len(node)} list elements, counted from 0")
+    return int(index)
+
+
+def _convert(hint: Any, value: object, path: str) -> Any:
+    """`value` as the type `hint`, or a ConfigError that names `path`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):  # of one type and None
+        inner = next(argument for argument in arguments if argument is not type(None))
+        return None if value is None else _convert(inner, value, path)
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(typing.cast(type, hint), value, path)
+    if origin is tuple:
+        return _convert_tuple(arguments, value, path)
+    if origin is not None and origin is not Literal and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: expected keys and values, got {value!r}")
+        return {str(key): _convert(arguments[1], item, _join(path, str(key))) for key, item in value.items()}
+    if origin is Literal and value not in arguments:
+        raise ConfigError(f"{path}: {value!r} is not one of {', '.join(map(str, arguments))}")
+    return value if origin is Literal else _convert_scalar(hint, value, path)
+
+
+def _convert_tuple(arguments: tuple[Any, ...], value: object, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{path}: expected a list, got {value!r}")
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        arguments = arguments[:1] * len(value)
+    if len(value) != len(arguments):
+        raise ConfigError(f"{path}: expected {len(arguments)} values, got {len(value)}: {value!r}")
+    return tuple(
+        _convert(argument, item, _join(path, str(index)))
+        for index, (argument, item) in enumerate(zip(arguments, value, strict=True))
+    )
+
+
+def _convert_scalar(hint: type, value: object, path: str) -> object:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            number = False
+    if hint is float and number:
+        return float(typing.cast(float, value))
+    if type(value) is hint:
+        return value
+    raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r}")
