@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from villa_ds.data.manifest import Manifest, load_manifest
+from villa_ds.data.manifest import SPECIAL_PIECES, Manifest, load_manifest
 from villa_ds.data.writer import Group, Image, SetInfo, ShardWriter, Text
 
-SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPECIALS = tuple(SPECIAL_PIECES.values())
 
 
 def make_pieces(size: int = 64) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ INDEX_DTYPES: Mapping[str, str] = {
     "pair_length": "int32",
     "pair_id": "S",
 }
-_SPECIAL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+SPECIAL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MEND = "the manifest was edited or written by other software; write the set again with `villa-ds shards`"
@@ -91,12 +91,12 @@ class Vocabulary:
         broken = [piece for piece in pieces if not piece or "\n" in piece]
         if broken:
             raise DataError(f"vocabulary: {broken[0]!r} is not a word piece; each line of vocab.txt is one piece")
-        missing = [piece for piece in _SPECIAL_PIECES.values() if piece not in ids]
+        missing = [piece for piece in SPECIAL_PIECES.values() if piece not in ids]
         if missing:
             raise DataError(
                 f"vocabulary: {', '.join(missing)} missing; give a BERT vocab.txt, which has all five specials"
             )
-        specials = {name: ids[piece] for name, piece in _SPECIAL_PIECES.items()}
+        specials = {name: ids[piece] for name, piece in SPECIAL_PIECES.items()}
         if specials["pad"] != 0:
             raise DataError(f"vocabulary: [PAD] is id {specials['pad']}, but padding is 0 in batches; put it first")
         ordinary = (position for position in range(len(pieces) + 1) if position not in specials.values())
@@ -230,8 +230,8 @@ def _parse_shards(fields: "_Fields") -> tuple[Shard, ...]:
 
 def _parse_vocabulary(fields: "_Fields") -> Vocabulary:
     fields.only(*(item.name for item in dataclasses.fields(Vocabulary)))
-    size = fields.count("size", len(_SPECIAL_PIECES))
-    ids = {name: fields.count(name, 0) for name in (*_SPECIAL_PIECES, "random_low")}
+    size = fields.count("size", len(SPECIAL_PIECES))
+    ids = {name: fields.count(name, 0) for name in (*SPECIAL_PIECES, "random_low")}
     for name, value in ids.items():
         if value >= size + (name == "random_low") or (name == "pad" and value != 0):
             fields.fail(name, "0" if name == "pad" else f"an id below the vocabulary's size {size}")
