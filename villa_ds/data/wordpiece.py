@@ -58,16 +58,17 @@ class WordPieces:
         The same texts give the same pieces and ids in every process.
         """
         kept = list(texts)
-        normalizer = BertNormalizer(lowercase=True)
-        alphabet = sorted({character for text in kept for character in normalizer.normalize_str(text)} - {" "})
+        normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()
+        words = {word for text in kept for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+        alphabet = sorted({character for word in words for character in word})
+        continuing = sorted({character for word in words for character in word[1:]})
         # The trainer numbers continuing characters in the order of a randomly seeded hash table and breaks ties between
-        # merges by these numbers. Naming every character beforehand leaves it nothing to number by chance.
-        named = [*SPECIAL_PIECES.values(), *alphabet, *(f"{_PREFIX}{character}" for character in alphabet)]
+        # merges by these numbers (huggingface/tokenizers #1794). Named beforehand, none is left to number by chance.
+        named = [*SPECIAL_PIECES.values(), *alphabet, *(f"{_PREFIX}{character}" for character in continuing)]
         if len(named) > size:
             raise DataError(f"vocabulary size {size} is below the {len(named)} specials and characters of the texts")
         tokenizer = Tokenizer(WordPiece(unk_token=_UNKNOWN))
-        tokenizer.normalizer = normalizer
-        tokenizer.pre_tokenizer = BertPreTokenizer()
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
         trainer = WordPieceTrainer(
             vocab_size=size,
             min_frequency=2,
