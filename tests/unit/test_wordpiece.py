@@ -98,7 +98,7 @@ def test_training_learns_frequent_words_after_the_specials_and_characters():
     assert "##?" not in word_pieces.pieces  # punctuation stands alone
     assert {"circle", "red", "blue", "what", "##e"} <= set(word_pieces.pieces)
     assert [word_pieces.pieces[piece] for piece in word_pieces.encode("Blue circle?")] == ["blue", "circle", "?"]
-    assert len(WordPieces.train(TEXTS, 50).pieces) == 50
+    assert len(WordPieces.train(TEXTS, 45).pieces) == 45
 
 
 def test_training_refuses_a_size_below_the_alphabet():
@@ -109,11 +109,11 @@ def test_training_refuses_a_size_below_the_alphabet():
 def test_training_does_not_depend_on_the_process():
     """The trainer's own hash tables are seeded anew in each process."""
     program = (
-        f"from villa_ds.data.wordpiece import WordPieces; print(WordPieces.train({TEXTS!r}, 50).vocabulary.sha256)"
+        f"from villa_ds.data.wordpiece import WordPieces; print(WordPieces.train({TEXTS!r}, 45).vocabulary.sha256)"
     )
     root = Path(__file__).parents[2]
     runs = [
         subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
         for _ in range(3)
     ]
-    assert {run.stdout.strip() for run in runs} == {WordPieces.train(TEXTS, 50).vocabulary.sha256}
+    assert {run.stdout.strip() for run in runs} == {WordPieces.train(TEXTS, 45).vocabulary.sha256}
