@@ -1,7 +1,7 @@
 """The data contract: what a reader delivers, an objective prepares, a backbone reads and an objective returns.
 
-Shape legend: B rows, T padded text length, R padded region count, J padded joint length, D feature width, H hidden width,
-C detector classes, V vocabulary, Q read slots a row, M packed items, L word pieces of one text.
+Shape legend: B rows, T padded text length, R padded region count, J padded joint length, D feature width,
+H hidden width, C detector classes, V vocabulary, Q read slots a row, M packed items, L word pieces of one text.
 
 A *slot* numbers the positions of a row without regard to a backbone's own layout: text slots 0..T-1, then region slots
 T..T+R-1.
@@ -136,6 +136,14 @@ class Embeddings:
 
     text: Tensor  # [B, T, H] word embeddings, before position, type and LayerNorm
     regions: Tensor  # [B, R, D] region features, before their projection
+
+
+@dataclass(frozen=True, slots=True)
+class Perturbation:
+    """What is added to `Embeddings`, in their type; a modality at None is left alone. Zero at padding."""
+
+    text: Tensor | None = None  # [B, T, H]
+    regions: Tensor | None = None  # [B, R, D]
 
 
 @dataclass(frozen=True, slots=True)

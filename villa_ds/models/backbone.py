@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from villa_ds.batch import Batch, Embeddings, Encoded
 from villa_ds.errors import ConfigError
+from villa_ds.models.presets import BackboneSizes
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -20,6 +21,7 @@ class Backbone(nn.Module, abc.ABC):
     feature_width: int  # D, the width of `Embeddings.regions`
     vocabulary_size: int  # V
     initializer_range: float
+    sizes: BackboneSizes  # what it was built from
 
     @property
     @abc.abstractmethod

@@ -1,0 +1,87 @@
+"""Modules of the classes that golden cases name, with their weights loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from golden import Case
+
+from villa_ds.config import ItmConfig, ModelConfig, ObjectivesConfig, VqaConfig
+from villa_ds.data.manifest import Manifest, Vocabulary
+from villa_ds.models.weights import load_reference
+from villa_ds.objectives.base import build_objective
+from villa_ds.train.module import TrainModule, build_module
+
+# Reference class -> objectives of ours with the same heads, in the order of its state dict.
+BUILT = {
+    "UniterModel": (),
+    "UniterForPretraining": ("mlm", "mrfr", "mrc", "mrckl", "itm"),
+    "UniterForPretrainingForVCR": ("mlm", "mrfr", "mrc", "mrckl", "itm"),
+    "UniterForVisualQuestionAnswering": ("vqa",),
+}
+MASK_ID = 3
+
+
+def manifest_of(vocabulary_size: int, feature_width: int, detector_classes: int = 0) -> Manifest:
+    """A manifest that only declares sizes."""
+    vocabulary = Vocabulary(vocabulary_size, "", pad=0, unk=4, cls=1, sep=2, mask=MASK_ID, random_low=5)
+    return Manifest(
+        folder=Path("golden"),
+        shards=(),
+        feature_width=feature_width,
+        detector_classes=detector_classes,
+        label_format="dense" if detector_classes else "none",
+        vocabulary=vocabulary,
+        answers=(),
+        extractor="",
+        source="",
+        command="",
+        fingerprint="",
+        index_files={},
+    )
+
+
+def model_config(config: dict[str, Any], type_rows: int) -> ModelConfig:
+    """The reference's transformer config as ours."""
+    assert config["hidden_act"] == "gelu"
+    names = set(ModelConfig.__dataclass_fields__) & set(config) - {"type_vocab_size"}
+    return ModelConfig(**{name: config[name] for name in names}, type_vocab_size=type_rows)
+
+
+def build(
+    model: dict[str, Any], word_rows: int, type_rows: int, itm_ot_lambda: float = 0.0, device: str = "cpu"
+) -> TrainModule:
+    """The module for a case's `model` entry (class, config, kwargs), freshly initialised."""
+    kwargs = model["kwargs"]
+    manifest = manifest_of(word_rows, kwargs["img_dim"], kwargs.get("img_label_dim", 0))
+    settings = ObjectivesConfig(
+        itm=ItmConfig(ot_weight=itm_ot_lambda), vqa=VqaConfig(num_answers=kwargs.get("num_answer"))
+    )
+    objectives = [build_objective(name, settings, manifest) for name in BUILT[model["class"]]]
+    with torch.device(device):
+        return build_module(model_config(model["config"], type_rows), objectives, manifest)
+
+
+def module_of(case: Case, dtype: torch.dtype) -> TrainModule:
+    """The module of a case with its weights, in training mode (golden cases have dropout 0)."""
+    rows = case.spec["embedding_rows_in_weights"]
+    ot_weight = case.spec.get("hyper", {}).get("itm_ot_lambda", 0.0)
+    module = build(case.spec["model"], rows["word"], rows["token_type"], ot_weight).to(dtype)
+    report = load_reference(module, case.weights(dtype))
+    assert report.missing == ()
+    assert report.unexpected == ()
+    return module
+
+
+def gradient(module: TrainModule, name: str) -> torch.Tensor:
+    """Gradient of the parameter that the reference calls `name`; zero where it took no part."""
+    for part, fused in ((f".{part}.", ".qkv.") for part in ("query", "key", "value")):
+        if part in name:
+            parameter = module.get_parameter(name.replace(part, fused))
+            index = ("query", "key", "value").index(part.strip("."))
+            return _gradient_of(parameter).chunk(3)[index]
+    return _gradient_of(module.get_parameter(name))
+
+
+def _gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)

@@ -1,0 +1,199 @@
+"""Read weights of UNITER, VILLA and BERT by their own key names, and write them back.
+
+The reference's layout is a plain mapping name -> tensor. It differs from ours in one point: query, key and value
+projections are three tensors each there, one here. Names that are read besides: VILLA's prefix ``bert.``, a bare encoder
+without prefix, and ``gamma`` / ``beta`` for LayerNorm's weight and bias.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError  # noqa: S403  what torch.load raises; nothing is unpickled beyond tensors
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from villa_ds.data.manifest import VOCABULARY_NAME, Vocabulary
+from villa_ds.errors import WeightsError
+from villa_ds.models.backbone import Backbone
+
+FUSED, PARTS = ".qkv.", (".query.", ".key.", ".value.")
+FOREIGN_PREFIXES = ("bert",)  # BERT's, and published VILLA checkpoints'
+LEGACY_NAMES = {"gamma": "weight", "beta": "bias"}
+TENSOR_SUFFIXES = (".pt", ".pth", ".bin")
+BERT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What did not match, in the reference's names. Everything else was loaded."""
+
+    missing: tuple[str, ...]  # of the model, not among the weights: these keep their values
+    unexpected: tuple[str, ...]  # among the weights, unknown to the model: these are left out
+
+
+def reference_names(name: str) -> tuple[str, ...]:
+    """The reference's names of our parameter `name`: three for a joined projection, in row order, otherwise itself."""
+    return tuple(name.replace(FUSED, part) for part in PARTS) if FUSED in name else (name,)
+
+
+def to_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict in the reference's layout: every name, tied ones too, each an independent tensor on the CPU."""
+    return {name: view.to("cpu", copy=True) for name, view in _reference_views(state_dict).items()}
+
+
+def _reference_views(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict by the reference's names; parts of a joined projection are views of it."""
+    views: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        names = reference_names(name)
+        views.update(zip(names, tensor.detach().chunk(len(names)), strict=True))
+    return views
+
+
+def load_reference(module: nn.Module, tensors: Mapping[str, Tensor]) -> LoadReport:
+    """Copy `tensors` (any of the layouts above) into `module`, a backbone or a module that holds one.
+
+    Of tied parameters one name suffices. A tensor of another shape, or tied names with different values, is a
+    `WeightsError`; names on one side only are logged and returned.
+    """
+    backbone = next(part for part in module.modules() if isinstance(part, Backbone))
+    own = _own_views(module, backbone)
+    given = _canonical(tensors, backbone)
+    shared = [name for name in own if name in given]
+    differing = [
+        f"{name} is {tuple(given[name].shape)}, the model's is {tuple(own[name].shape)}"
+        for name in shared
+        if given[name].shape != own[name].shape
+    ]
+    if differing:
+        raise WeightsError(f"weights do not fit the model: {'; '.join(differing)}")
+    filled: dict[tuple[int, int], str] = {}
+    for name in shared:
+        first = filled.setdefault(_place(own[name]), name)
+        if not torch.equal(given[first], given[name]):
+            raise WeightsError(f"weights hold {first} and {name} with different values, the model ties them")
+        own[name].copy_(given[name])
+    report = LoadReport(
+        tuple(name for name in own if _place(own[name]) not in filled),
+        tuple(name for name in given if name not in own),
+    )
+    _tell(report, len(shared))
+    return report
+
+
+def _own_views(module: nn.Module, backbone: Backbone) -> dict[str, Tensor]:
+    """Parameters by the reference's full names, also where `module` is the bare backbone."""
+    views = _reference_views(module.state_dict())
+    return {f"{backbone.prefix}.{name}": view for name, view in views.items()} if module is backbone else views
+
+
+def _place(view: Tensor) -> tuple[int, int]:
+    """Identity of the memory behind a view: the same for tied names."""
+    return view.data_ptr(), view.numel()
+
+
+def _canonical(tensors: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """`tensors` under the reference's full names."""
+    parts = {name for name, _ in backbone.named_children()}
+    canonical: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        path.append(LEGACY_NAMES.get(last, last))
+        if path[0] in FOREIGN_PREFIXES:
+            path[0] = backbone.prefix
+        elif path[0] in parts:
+            path.insert(0, backbone.prefix)
+        full = ".".join(path)
+        if full in canonical:
+            raise WeightsError(f"weights hold {full} twice, once as {name}")
+        canonical[full] = tensor
+    return canonical
+
+
+def _tell(report: LoadReport, loaded: int) -> None:
+    _log.info("loaded %d tensors", loaded)
+    if report.missing:
+        _log.warning("not among the weights, left as initialised: %s", ", ".join(report.missing))
+    if report.unexpected:
+        _log.warning("among the weights, left out: %s", ", ".join(report.unexpected))
+
+
+def initialize_from(module: nn.Module, path: str | Path, vocabulary: Vocabulary | None = None) -> LoadReport:
+    """Load a weights file, or a Hugging Face BERT folder, into `module`.
+
+    With `vocabulary` (the data set's), a BERT folder with another vocabulary is refused: its word embeddings would
+    belong to other words.
+    """
+    path = Path(path)
+    if path.is_dir():
+        backbone = next(part for part in module.modules() if isinstance(part, Backbone))
+        _check_bert(path, backbone, vocabulary)
+        for name in BERT_FILES:
+            if (path / name).exists():
+                return load_reference(module, read_weights(path / name))
+        raise WeightsError(f"{path}: a BERT folder holds {' or '.join(BERT_FILES)}, this one neither")
+    return load_reference(module, read_weights(path))
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors by name of a .safetensors, .pt, .pth or .bin file, on the CPU. Never runs code from the file."""
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        if path.suffix not in TENSOR_SUFFIXES:
+            raise WeightsError(f"{path}: give a .safetensors, {', '.join(TENSOR_SUFFIXES)} file or a BERT folder")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise WeightsError(f"{path}: cannot read the weights: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(f"{path}: expected a plain mapping of names to tensors; export the state dict alone")
+    return dict(content)
+
+
+def write_weights(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `to_reference`'s tensors as .safetensors, or as .pt, which the reference code reads."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(dict(tensors), path)
+    elif path.suffix == ".pt":
+        torch.save(dict(tensors), path)
+    else:
+        raise WeightsError(f"{path}: weights are written as .safetensors or .pt, not {path.suffix!r}")
+
+
+def _check_bert(folder: Path, backbone: Backbone, vocabulary: Vocabulary | None) -> None:
+    """Compare what tensor shapes do not show (heads, activation) or show badly (vocabulary)."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        words = (folder / VOCABULARY_NAME).read_bytes()
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder}: a BERT folder holds config.json and {VOCABULARY_NAME}: {error}") from None
+    sizes = backbone.sizes
+    wanted = {
+        "vocab_size": sizes.vocabulary_size,
+        "hidden_size": sizes.hidden_size,
+        "num_hidden_layers": sizes.num_hidden_layers,
+        "num_attention_heads": sizes.num_attention_heads,
+        "intermediate_size": sizes.intermediate_size,
+        "hidden_act": "gelu",
+    }
+    for key, value in wanted.items():
+        if config.get(key) != value:
+            raise WeightsError(f"{folder}/config.json: {key} is {config.get(key)!r}, the model's is {value!r}")
+    count = len(words.splitlines())
+    if count != sizes.vocabulary_size:
+        raise WeightsError(f"{folder}/{VOCABULARY_NAME}: {count} word pieces, the model has {sizes.vocabulary_size}")
+    if vocabulary is not None and hashlib.sha256(words).hexdigest() != vocabulary.sha256:
+        raise WeightsError(
+            f"{folder}/{VOCABULARY_NAME}: not the vocabulary of the shards; convert the data with this one, or start "
+            "from weights that were trained with the shards' vocabulary"
+        )

@@ -1,0 +1,23 @@
+"""What every objective's `prepare` starts from: the pair in the reference's single-sequence form."""
+
+import numpy as np
+
+from villa_ds.batch import Example, Regions, Sample
+from villa_ds.data.manifest import Vocabulary
+
+TEXT_TYPE, REGION_TYPE = 0, 1  # rows of the token type table
+
+
+def plain_example(sample: Sample, regions: Regions, vocabulary: Vocabulary) -> Example:
+    """[CLS] word pieces [SEP] with `regions`, nothing masked, no targets. Features stay views of what was read."""
+    length, count = len(sample.word_pieces) + 2, len(regions)
+    input_ids = np.empty(length, dtype=np.int64)
+    input_ids[0], input_ids[1:-1], input_ids[-1] = vocabulary.cls, sample.word_pieces, vocabulary.sep
+    return Example(
+        id=sample.id,
+        input_ids=input_ids,
+        token_types=np.full(length, TEXT_TYPE, dtype=np.int64),
+        features=regions.features,
+        boxes=regions.boxes,
+        region_types=np.full(count, REGION_TYPE, dtype=np.int64),
+    )

@@ -1,0 +1,149 @@
+"""Masked language modelling conditioned on all regions (UNITER, section 3.2; BERT's masking).
+
+Shape legend: L word pieces, M masked tokens of a micro-batch, H hidden width, V vocabulary.
+"""
+
+import dataclasses
+from typing import cast
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
+from villa_ds.config import MaskingConfig, ObjectivesConfig
+from villa_ds.data.manifest import Manifest, Vocabulary
+from villa_ds.errors import DataError
+from villa_ds.models.backbone import Backbone
+from villa_ds.models.layers import initialize, make_layer_norm
+from villa_ds.objectives.base import Objective, Sums, register
+from villa_ds.objectives.inputs import plain_example
+from villa_ds.objectives.reductions import total, widen
+from villa_ds.rng import Stream
+
+
+def mask_word_pieces(
+    pieces: NDArray[np.int64],
+    uniforms: NDArray[np.float64],
+    replacements: NDArray[np.int64],
+    mask_id: int,
+    settings: MaskingConfig,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Mask the `pieces` [L] of one text; returns what the model sees [L] and the selected positions [M], ascending.
+
+    One of the `uniforms` [L] in [0, 1) decides both whether a piece is selected and what becomes of it; `replacements`
+    [L] are the random word pieces, used where one is called for. If nothing is selected the first piece is masked, so
+    that every text has at least one target: the rate at length L is p + (1 - p)**L / L.
+    """
+    selected = uniforms < settings.probability
+    fate = uniforms / settings.probability  # uniform again, given that the piece is selected
+    replaced = selected & (fate < settings.mask_share + settings.random_share)
+    masked = selected & (fate < settings.mask_share)
+    if not selected.any():
+        selected[0] = masked[0] = True
+    seen = np.where(masked, mask_id, np.where(replaced, replacements, pieces))
+    return seen, np.flatnonzero(selected)
+
+
+class Transform(nn.Module):
+    """BERT's transform before the decoder."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.dense = nn.Linear(backbone.hidden_size, backbone.hidden_size)
+        self.LayerNorm = make_layer_norm(backbone.hidden_size, backbone.sizes.fused_layer_norm)
+        initialize(self, backbone.initializer_range)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[M, H] to [M, H]."""
+        output: Tensor = self.LayerNorm(F.gelu(self.dense(states)))
+        return output
+
+
+class TiedDecoder(nn.Module):
+    """Projection to the vocabulary with the word embedding itself."""
+
+    def __init__(self, word_embedding: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = word_embedding
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[M, H] to [M, V]."""
+        return F.linear(states, self.weight)
+
+
+class Predictions(nn.Module):
+    """Transform, tied decoder, output bias."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(backbone.word_embedding.new_zeros(backbone.vocabulary_size))
+        self.transform = Transform(backbone)
+        self.decoder = TiedDecoder(cast(nn.Parameter, backbone.word_embedding))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[M, H] to [M, V]."""
+        logits: Tensor = self.decoder(self.transform(states)) + self.bias
+        return logits
+
+
+class MlmHead(nn.Module):
+    """The reference's `cls`."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.predictions = Predictions(backbone)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[M, H] states of masked tokens to logits [M, V]."""
+        logits: Tensor = self.predictions(states)
+        return logits
+
+
+class MaskedLanguageModeling(Objective):
+    """Predict masked word pieces. Loss: mean cross entropy over the masked tokens of the micro-batch.
+
+    Target: `word_pieces` int64 [M], the ids before masking.
+    """
+
+    name = "mlm"
+    head_name = "cls"
+    reads = Reads.SLOTS
+
+    def __init__(self, vocabulary: Vocabulary, settings: MaskingConfig) -> None:
+        self.vocabulary = vocabulary
+        self.settings = settings
+
+    def prepare(self, sample: Sample, stream: Stream) -> Example:
+        """Mask word pieces; all regions stay visible. A text without word pieces is a `DataError`."""
+        count = len(sample.word_pieces)
+        if count == 0:
+            raise DataError(f"sample {sample.id!r}: the text has no word pieces to mask; leave it out of the shards")
+        plain = plain_example(sample, sample.regions, self.vocabulary)
+        pieces = plain.input_ids[1:-1].copy()
+        low = self.vocabulary.random_low
+        uniforms, replacements = stream.uniform(count), low + stream.integers(count, self.vocabulary.size - low)
+        plain.input_ids[1:-1], selected = mask_word_pieces(
+            pieces, uniforms, replacements, self.vocabulary.mask, self.settings
+        )
+        return dataclasses.replace(plain, read_text=selected + 1, targets={"word_pieces": pieces[selected]})
+
+    def build_head(self, backbone: Backbone) -> nn.Module:
+        """The head, its decoder tied to the word embedding."""
+        return MlmHead(backbone)
+
+    def loss(self, head: nn.Module, encoded: Encoded, batch: Batch) -> LossOutput:
+        """`logits` [M, V], `elements` [M]."""
+        logits: Tensor = head(encoded.states)
+        elements = F.cross_entropy(widen(logits), batch.targets["word_pieces"], reduction="none")
+        return LossOutput(elements.mean(), logits, elements, {"loss": total(elements)})
+
+    def metrics(self, output: LossOutput, batch: Batch) -> Sums:
+        """`accuracy`: share of masked tokens predicted."""
+        return {"accuracy": total(output.logits.argmax(-1) == batch.targets["word_pieces"])}
+
+
+@register("mlm")
+def _build(_: str, settings: ObjectivesConfig, manifest: Manifest) -> Objective:
+    return MaskedLanguageModeling(manifest.vocabulary, settings.mlm)
