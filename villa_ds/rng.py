@@ -1,8 +1,8 @@
 """Counter-based random streams: what is drawn depends on a key, never on rank, worker or history.
 
-A `Stream` is keyed by a path such as ``(seed, "demo", "prepare", epoch, sample)``. Its numbers come from the raw words of
-Philox 4x64 and arithmetic written here, so they are the same for every numpy version (numpy's own ``Generator`` methods
-may change theirs).
+A `Stream` is keyed by a path such as ``(seed, "demo", "prepare", epoch, sample)``. Its numbers come from the raw words
+of Philox 4x64 and arithmetic written here, so they are the same for every numpy version (numpy's own ``Generator``
+methods may change theirs).
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Stream:
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """`count` numbers in [0, 1), on the grid of 2**-53."""
-        return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return as_uniform(self.words(count))
 
     def integers(self, count: int, high: int) -> NDArray[np.int64]:
         """`count` integers in [0, high); high < 2**32 (the bias is below high / 2**32 * 2**-21)."""
@@ -45,3 +45,17 @@ class Stream:
     def permutation(self, count: int) -> NDArray[np.int64]:
         """A permutation of 0..count-1."""
         return np.argsort(self.words(count), kind="stable").astype(np.int64)
+
+
+def numbered_words(first: int, count: int, *path: Key) -> NDArray[np.uint64]:
+    """[count, 4] words; row i depends on `path` and the number ``first + i`` alone, however a range is cut up.
+
+    This is how millions of numbered things draw at array speed, where a `Stream` each would cost seconds.
+    """
+    bits = np.random.Philox(key=key_of(*path), counter=first)  # a counter's step yields four words
+    return np.asarray(bits.random_raw(4 * count), dtype=np.uint64).reshape(count, 4)
+
+
+def as_uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Words as numbers in [0, 1), on the grid of 2**-53."""
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,0 +1,265 @@
+"""The plan: which pairs form which micro-batch is arithmetic on the index arrays (docs/data-order.md).
+
+An epoch of a data set is made in four steps, each keyed by (seed, data set, epoch):
+1. the shards are permuted into a *line*; a shard much larger than a read window is cut into *blocks* of whole groups,
+   which stay neighbours (`villa_ds.data.line`);
+2. the line is cut into read *windows*, the reach of shuffling, length bucketing and mismatched images;
+3. a window's pairs are sorted by length, packed into micro-batches under the token budget, and these are permuted;
+4. the micro-batches, numbered along the line, are the epoch. `villa_ds.data.lanes` deals them out to lanes.
+
+Of a whole epoch only the number of micro-batches of each window is kept; a window's content is made when it is read.
+Shape legend: P pairs of a window, W windows, B blocks, n micro-batches of a window.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from villa_ds.data.line import IntArray, cut_line, cut_shards, make_line, ranges
+from villa_ds.data.packing import pack, require_budget
+from villa_ds.data.recent import Recent
+from villa_ds.errors import DataError
+from villa_ds.rng import Stream, as_uniform, numbered_words
+
+SPECIAL_TOKENS = 2  # [CLS] and [SEP]; the release's sampler leaves them out, so its batches exceed its budget
+SHARED_SHARDS = 10  # at most one shard in so many is read by two lanes, as far as there are so many shards a lane
+_SCAN = 1 << 20  # pairs looked at in one go when the whole set is scanned: bounds memory
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What decides a data set's order, besides its index arrays."""
+
+    name: str  # the data set's key in the recipe
+    seed: int
+    tokens: int  # budget of a micro-batch: rows x longest row
+    rows_multiple: int
+    window: int  # pairs
+    max_text_length: int | None  # word pieces; pairs with longer texts are left out; None takes every pair
+    lanes: int = 1
+    negative_probability: float = 0.0  # share of pairs that get a mismatched group: the largest any objective wants
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One micro-batch of the plan; rows in descending planned length."""
+
+    data: str
+    epoch: int
+    index: int  # place in the epoch
+    pairs: IntArray  # [rows] pair numbers
+    negatives: IntArray  # [rows] group number of the mismatched image, -1 for none
+    draws: NDArray[np.float64]  # [rows] uniform in [0, 1): a negative is taken where this is below the probability
+    ids: tuple[str, ...]
+
+    def negatives_for(self, probability: float) -> IntArray:
+        """[rows] the mismatched groups for an objective that wants this share of them, at most the plan's."""
+        return np.where(self.draws < probability, self.negatives, -1)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch without the content of its windows."""
+
+    line: IntArray  # [B] block numbers
+    windows: IntArray  # [W + 1] bounds in `line`
+    first: IntArray  # [W + 1] number of each window's first micro-batch; the last entry is the epoch's count
+    real_tokens: int
+    padded_tokens: int
+
+    @property
+    def micro_batches(self) -> int:
+        """How many there are in the epoch."""
+        return int(self.first[-1])
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The pairs of a window as they lie in the shards, with what the epoch drew for each; fields [P]."""
+
+    pairs: IntArray
+    lengths: IntArray
+    negatives: IntArray
+    draws: NDArray[np.float64]
+    ties: NDArray[np.uint64]  # order of pairs of equal length
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A window's micro-batches in the order of delivery."""
+
+    pairs: IntArray  # [P], longest first
+    negatives: IntArray  # [P]
+    draws: NDArray[np.float64]  # [P]
+    starts: IntArray  # [n] micro-batch i holds the positions starts[i]:stops[i]
+    stops: IntArray  # [n]
+
+
+class DataPlan:
+    """The order of one data set.
+
+    `index` holds the arrays of `villa_ds.data.manifest`, `shard_bytes` the size of each shard. Raises ConfigError if a
+    pair cannot fit the token budget, DataError if every pair is left out or a mismatched image is wanted of a single
+    group.
+    """
+
+    def __init__(self, index: Mapping[str, NDArray[Any]], shard_bytes: Sequence[int], settings: PlanSettings) -> None:
+        self.settings = settings
+        self._index = index
+        self._blocks = cut_shards(index, np.asarray(shard_bytes, np.int64), settings.window)
+        self._window_shards = _window_shards(len(shard_bytes), settings.lanes)
+        if settings.negative_probability > 0 and len(index["group_shard"]) < 2:
+            raise DataError(
+                f"data set {settings.name}: mismatched images are wanted, but it has a single group; "
+                "give a set with more images or leave the matching objective out"
+            )
+        self.left_out = self._scan()
+        self._epochs: Recent[int, Epoch] = Recent(3)  # the one being read, and its neighbours at a boundary
+        self._windows: Recent[tuple[int, int], _Packed] = Recent(settings.lanes + 2)  # every lane is inside one
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of an epoch: all but those left out."""
+        return len(self._index["pair_group"]) - self.left_out
+
+    def epoch(self, epoch: int) -> Epoch:
+        """The line, the windows and the micro-batch counts of an epoch."""
+        return self._epochs.get(epoch, lambda: self._plan_epoch(epoch))
+
+    def micro_batch(self, epoch: int, number: int, index: int | None = None) -> MicroBatch:
+        """Micro-batch `number`, counted along the line, of an epoch; `index` is its place if it is not delivered so."""
+        first = self.epoch(epoch).first
+        place = int(np.searchsorted(first, number, side="right")) - 1
+        window = self._windows.get((epoch, place), lambda: self._pack(epoch, place))
+        position = number - int(first[place])
+        rows = slice(int(window.starts[position]), int(window.stops[position]))
+        pairs = window.pairs[rows]
+        return MicroBatch(
+            data=self.settings.name,
+            epoch=epoch,
+            index=number if index is None else index,
+            pairs=pairs,
+            negatives=window.negatives[rows],
+            draws=window.draws[rows],
+            ids=tuple(identifier.decode() for identifier in self._index["pair_id"][pairs].tolist()),
+        )
+
+    def windows_read(self, epoch: int, start: int, stop: int) -> set[int]:
+        """Places on the line of the windows that a reader of micro-batches ``start:stop`` of an epoch opens."""
+        planned = self.epoch(epoch)
+        low, high = np.searchsorted(planned.first, [start, stop - 1], side="right") - 1
+        used = np.flatnonzero(np.diff(planned.first[low : high + 2])) + low if start < stop else []
+        return {read for place in used for read in self._reach(planned.line, planned.windows, int(place))}
+
+    def window_bytes(self, epoch: int) -> IntArray:
+        """[W] bytes of the groups in each window of an epoch."""
+        planned = self.epoch(epoch)
+        return np.add.reduceat(self._blocks.bytes[planned.line], planned.windows[:-1])
+
+    def _scan(self) -> int:
+        """Check every pair against the budget; returns how many are left out."""
+        settings, index = self.settings, self._index
+        any_regions = int(index["group_regions"].max()) if settings.negative_probability > 0 else 0
+        left_out, longest, owner = 0, 0, 0
+        for start in range(0, len(index["pair_group"]), _SCAN):
+            text = np.asarray(index["pair_length"][start : start + _SCAN], np.int64)
+            regions = index["group_regions"][index["pair_group"][start : start + _SCAN]]
+            taken = self._taken(text)
+            lengths = np.where(taken, text + SPECIAL_TOKENS + np.maximum(regions, any_regions), 0)
+            left_out += int((~taken).sum())
+            if lengths.max() > longest:
+                longest, owner = int(lengths.max()), start + int(lengths.argmax())
+        if longest == 0:
+            raise DataError(
+                f"data set {settings.name}: each of its {left_out} texts has more than "
+                f"{settings.max_text_length} word pieces (data.max_text_length); raise that"
+            )
+        named = f"pair {index['pair_id'][owner].decode()!r} of data set {settings.name}"
+        with_negative = " with the largest mismatched image" if any_regions else ""
+        require_budget(longest, settings.tokens, settings.rows_multiple, named + with_negative)
+        return left_out
+
+    def _taken(self, text: IntArray) -> NDArray[np.bool_]:
+        limit = self.settings.max_text_length
+        return np.ones(len(text), np.bool_) if limit is None else text <= limit
+
+    def _plan_epoch(self, epoch: int) -> Epoch:
+        settings = self.settings
+        line = make_line(self._blocks, settings.seed, settings.name, epoch)
+        windows = cut_line(self._blocks, line, settings.window, self._window_shards)
+        first, real, padded = np.zeros(len(windows), np.int64), 0, 0
+        for place in range(len(windows) - 1):
+            lengths = np.sort(self._draw(epoch, line, windows, place).lengths)[::-1]
+            bounds = pack(lengths, settings.tokens, settings.rows_multiple)
+            first[place + 1] = first[place] + len(bounds) - 1
+            real += int(lengths.sum())
+            padded += int((np.diff(bounds) * lengths[bounds[:-1]]).sum())
+        return Epoch(line, windows, first, real, padded)
+
+    def _pack(self, epoch: int, place: int) -> _Packed:
+        settings, planned = self.settings, self.epoch(epoch)
+        drawn = self._draw(epoch, planned.line, planned.windows, place)
+        rows = np.lexsort((drawn.ties, -drawn.lengths))
+        bounds = pack(drawn.lengths[rows], settings.tokens, settings.rows_multiple)
+        order = Stream(settings.seed, settings.name, "micro-batches", epoch, place).permutation(len(bounds) - 1)
+        return _Packed(
+            drawn.pairs[rows], drawn.negatives[rows], drawn.draws[rows], bounds[:-1][order], bounds[1:][order]
+        )
+
+    def _draw(self, epoch: int, line: IntArray, windows: IntArray, place: int) -> _Drawn:
+        """The pairs of a window that are taken, with the epoch's draws and the lengths that follow from them."""
+        settings, index, blocks = self.settings, self._index, self._blocks
+        own = line[windows[place] : windows[place + 1]]
+        pairs = ranges(blocks.pair_start[own], blocks.pair_stop[own])
+        words = np.concatenate(
+            [
+                numbered_words(start, count, settings.seed, settings.name, "pairs", epoch)
+                for start, count in zip(blocks.pair_start[own].tolist(), blocks.pairs[own].tolist(), strict=True)
+            ]
+        )
+        taken = self._taken(index["pair_length"][pairs])
+        pairs, words = pairs[taken], words[taken]
+        groups = np.asarray(index["pair_group"][pairs], np.int64)
+        draws, negatives = as_uniform(words[:, 0]), np.full(len(pairs), -1)
+        regions = np.asarray(index["group_regions"][groups], np.int64)
+        if settings.negative_probability > 0:
+            read = np.concatenate(
+                [line[windows[window] : windows[window + 1]] for window in self._reach(line, windows, place)]
+            )
+            others = _draw_others(groups, ranges(blocks.group_start[read], blocks.group_stop[read]), words[:, 1])
+            chosen = draws < settings.negative_probability
+            negatives = np.where(chosen, others, -1)
+            regions = np.where(chosen, np.maximum(regions, index["group_regions"][others]), regions)
+        lengths = index["pair_length"][pairs] + SPECIAL_TOKENS + regions
+        return _Drawn(pairs, lengths, negatives, draws, words[:, 2])
+
+    def _reach(self, line: IntArray, windows: IntArray, place: int) -> list[int]:
+        """The windows whose groups a window's pairs may need: itself, and its neighbour if it has a single group.
+
+        Without the neighbour a mismatched image could not be found.
+        """
+        own = line[windows[place] : windows[place + 1]]
+        groups = int((self._blocks.group_stop - self._blocks.group_start)[own].sum())
+        if self.settings.negative_probability == 0 or groups > 1:
+            return [place]
+        return [place, place + 1 if place + 2 < len(windows) else place - 1]
+
+
+def _window_shards(shards: int, lanes: int) -> int:
+    """Most shards of a window.
+
+    Each of the lanes - 1 borders between lanes falls into a window that two lanes read. With this bound they share one
+    shard in SHARED_SHARDS at most; with fewer shards a lane than that, a window of one shard is the best there is.
+    """
+    return max(1, shards // (SHARED_SHARDS * (lanes - 1))) if lanes > 1 else shards
+
+
+def _draw_others(groups: IntArray, candidates: IntArray, words: NDArray[np.uint64]) -> IntArray:
+    """[P] for each of `groups` [P] one of `candidates` that differs from it, uniformly; it is among them itself."""
+    by_number = np.argsort(candidates)
+    own = by_number[np.searchsorted(candidates, groups, sorter=by_number)]
+    drawn = (as_uniform(words) * (len(candidates) - 1)).astype(np.int64)
+    return candidates[drawn + (drawn >= own)]
