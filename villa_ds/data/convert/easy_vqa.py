@@ -1,0 +1,200 @@
+"""`villa-ds shards demo`: shard sets from the 5,000 images and 48,248 questions of the PyPI package `easy-vqa`.
+
+    OUT/pretrain/{train,validation}       statements derived from questions and answers
+    OUT/vqa/{train,validation,test}       questions with their answers
+
+The package's test images are in vqa/test and nowhere else. Every tenth of its training images is held out, the same
+ones from pretrain/train and vqa/train. Word pieces and the detector's classes are learned from the training images alone.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as Picture
+
+from villa_ds.data.convert.progress import with_progress
+from villa_ds.data.convert.statements import facts_of, statements_of
+from villa_ds.data.manifest import Manifest
+from villa_ds.data.wordpiece import WordPieces
+from villa_ds.data.writer import Group, Image, SetInfo, ShardWriter, Text
+from villa_ds.errors import DataError
+from villa_ds.rng import Stream
+
+try:
+    import easy_vqa
+
+    from villa_ds.data.convert.codebook import Codebook
+    from villa_ds.data.convert.regions import ExtractedRegions, PixelRegionExtractor, RegionExtractor
+except ModuleNotFoundError as error:
+    raise DataError(f"the demo needs the package {error.name}: pip install 'villa_ds[demo]'") from None
+
+SEED = 0  # of statement templates and clusters; part of what "the demo data" is, so not a setting
+VOCABULARY_SIZE = 1024  # an upper bound: the texts have far fewer words
+DETECTOR_CLASSES = 64
+SHARD_GROUPS = 64  # small shards, so that each of four lanes has more than ten of a training set
+HELD_OUT_EVERY = 10
+SETS = ("pretrain/train", "pretrain/validation", "vqa/train", "vqa/validation", "vqa/test")
+
+
+@dataclass(frozen=True, slots=True)
+class Photo:
+    """One image of the package with its questions."""
+
+    split: str  # the package's: "train" or "test"
+    number: int
+    path: str
+    questions: tuple[tuple[int, str, str], ...]  # position in the package's list, question, answer
+
+    @property
+    def key(self) -> str:
+        """Group key."""
+        return f"{self.split}-{self.number:05d}"
+
+    @property
+    def part(self) -> str:
+        """The data set's part that the photo belongs to: "train", "validation" or "test"."""
+        held_out = self.number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        return "validation" if self.split == "train" and held_out else self.split
+
+
+TextRow = tuple[str, str, dict[str, object]]  # id, text, target
+TextsOf = Callable[[Photo], list[TextRow]]
+
+
+def demo(out: str | Path, images: int | None = None, processes: int | None = None) -> dict[str, Manifest]:
+    """Write the demo's shard sets under `out`; returns their manifests by name (SETS).
+
+    `images` takes only the first so many training images and a quarter as many test images. The bytes written do not
+    depend on `processes` (default: one a CPU). DataError if `out` holds anything.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: exists and is not an empty folder; give another one, or delete it first")
+    photos = read_package(images)
+    extractor = PixelRegionExtractor()
+    regions = extract_all(extractor, photos, processes)
+    texts_of: dict[str, TextsOf] = {
+        "pretrain": statement_rows,
+        "vqa": functools.partial(question_rows, answers=easy_vqa.get_answers()),
+    }
+    training = [photo for photo in photos if photo.part == "train"]
+    codebook = Codebook.fit(
+        np.concatenate([regions[photo.key].features for photo in training]),
+        np.concatenate([regions[photo.key].background for photo in training]),
+        DETECTOR_CLASSES,
+        SEED,
+    )
+    word_pieces = WordPieces.train(
+        [text for rows_of in texts_of.values() for photo in training for _, text, _ in rows_of(photo)], VOCABULARY_SIZE
+    )
+    manifests = {}
+    for name in SETS:
+        task, _, part = name.partition("/")
+        chosen = [photo for photo in photos if photo.part == part]
+        groups = _groups(chosen, texts_of[task], regions, codebook, word_pieces)
+        info = _set_info(name, extractor, codebook, word_pieces, images)
+        with ShardWriter(out / task / part, info, shard_groups=SHARD_GROUPS) as writer:
+            for group in with_progress(groups, len(chosen), f"writing {name}"):
+                writer.add(group)
+        manifests[name] = writer.manifest
+    return manifests
+
+
+def read_package(images: int | None = None) -> list[Photo]:
+    """The package's training, then test photos, by number; `images` and a quarter as many if a limit is given."""
+    available = len(easy_vqa.get_train_image_paths())
+    if images is not None and not HELD_OUT_EVERY <= images <= available:
+        raise DataError(f"--images {images}: give {HELD_OUT_EVERY} to {available}, the training images of easy-vqa")
+    train = _read_split("train", easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions())
+    test = _read_split("test", easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions())
+    return train + test if images is None else train[:images] + test[: images // 4]
+
+
+def _read_split(
+    split: str, paths: Mapping[int, str], questions: tuple[Sequence[str], Sequence[str], Sequence[int]]
+) -> list[Photo]:
+    asked: dict[int, list[tuple[int, str, str]]] = {number: [] for number in sorted(paths)}
+    for position, (question, answer, number) in enumerate(zip(*questions, strict=True)):
+        asked[number].append((position, question, answer))
+    return [Photo(split, number, paths[number], tuple(rows)) for number, rows in asked.items()]
+
+
+def extract_all(
+    extractor: RegionExtractor, photos: Sequence[Photo], processes: int | None = None
+) -> dict[str, ExtractedRegions]:
+    """Regions of every photo by its key, extracted by so many processes (default: one a CPU)."""
+    extract = functools.partial(_extract, extractor)
+    paths = [photo.path for photo in photos]
+    count = processes or _cpus()
+    if count == 1:
+        found = list(with_progress(map(extract, paths), len(paths), "extracting regions"))
+    else:
+        # Not fork: a forked child of a process with threads can hang on a lock that one of them held.
+        with multiprocessing.get_context("spawn").Pool(count) as pool:
+            found = list(with_progress(pool.imap(extract, paths, chunksize=32), len(paths), "extracting regions"))
+    return dict(zip((photo.key for photo in photos), found, strict=True))
+
+
+def _extract(extractor: RegionExtractor, path: str) -> ExtractedRegions:
+    with Picture.open(path) as picture:
+        return extractor.extract(np.asarray(picture.convert("RGB")))
+
+
+def _cpus() -> int:
+    """CPUs that this process may use; a scheduler often grants fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def statement_rows(photo: Photo) -> list[TextRow]:
+    """Statements of a photo; those on the same image are the same in every run."""
+    facts = facts_of((question, answer) for _, question, answer in photo.questions)
+    statements = statements_of(facts, Stream(SEED, "easy_vqa statements", photo.key))
+    return [(f"{photo.key}-s{place}", statement, {}) for place, statement in enumerate(statements)]
+
+
+def question_rows(photo: Photo, answers: Sequence[str]) -> list[TextRow]:
+    """Questions of a photo, each with its answer's place in `answers` as a target of score 1."""
+    return [
+        (f"{photo.split}-q{position:05d}", question, {"labels": [answers.index(answer)], "scores": [1.0]})
+        for position, question, answer in photo.questions
+    ]
+
+
+def _groups(
+    photos: Sequence[Photo],
+    rows_of: TextsOf,
+    regions: Mapping[str, ExtractedRegions],
+    codebook: Codebook,
+    word_pieces: WordPieces,
+) -> Iterator[Group]:
+    for photo in photos:
+        found = regions[photo.key]
+        labels = codebook.label(found.features, found.background)
+        image = Image(f"easy_vqa/{photo.split}/{photo.number}.png", found.features, found.boxes, labels)
+        texts = [
+            Text(identifier, text, word_pieces.encode(text), target) for identifier, text, target in rows_of(photo)
+        ]
+        yield Group(photo.key, [image], texts)
+
+
+def _set_info(
+    name: str, extractor: PixelRegionExtractor, codebook: Codebook, word_pieces: WordPieces, images: int | None
+) -> SetInfo:
+    fingerprint = hashlib.sha256(f"{extractor.fingerprint} {codebook.fingerprint}".encode()).hexdigest()
+    return SetInfo(
+        pieces=word_pieces.pieces,
+        feature_width=extractor.feature_width,
+        extractor=f"PixelRegionExtractor with k-means codebook, sha256 {fingerprint}",
+        source=f"easy-vqa {importlib.metadata.version('easy-vqa')}, {name}",
+        command="villa-ds shards demo" + ("" if images is None else f" --images {images}"),
+        detector_classes=codebook.classes,
+        label_format="dense",
+        answers=easy_vqa.get_answers() if name.startswith("vqa/") else (),
+    )
