@@ -154,7 +154,7 @@ class Encoded:
     pooled: Tensor | None  # [B, H]; None with SLOTS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: DeepSpeed's ZeRO-3 hooks look for tensors in the `vars` of a module's output
 class LossOutput:
     """What an objective makes of one pass.
 

@@ -21,6 +21,7 @@ class Backbone(nn.Module, abc.ABC):
     feature_width: int  # D, the width of `Embeddings.regions`
     vocabulary_size: int  # V
     initializer_range: float
+    uses_dropout: bool  # whether a forward pass in training draws masks
     sizes: BackboneSizes  # what it was built from
 
     @property

@@ -117,6 +117,7 @@ class UniterBackbone(Backbone):
         self.feature_width = sizes.feature_width
         self.vocabulary_size = sizes.vocabulary_size
         self.initializer_range = sizes.initializer_range
+        self.uses_dropout = max(sizes.hidden_dropout_prob, sizes.attention_probs_dropout_prob) > 0
         self.embeddings = TextEmbeddings(sizes)
         self.img_embeddings = RegionEmbeddings(sizes)
         self.encoder = Encoder(sizes)

@@ -1,8 +1,8 @@
 """Read weights of UNITER, VILLA and BERT by their own key names, and write them back.
 
 The reference's layout is a plain mapping name -> tensor. It differs from ours in one point: query, key and value
-projections are three tensors each there, one here. Names that are read besides: VILLA's prefix ``bert.``, a bare encoder
-without prefix, and ``gamma`` / ``beta`` for LayerNorm's weight and bias.
+projections are three tensors each there, one here. Names that are read besides: VILLA's prefix ``bert.``, a bare
+encoder without prefix, and ``gamma`` / ``beta`` for LayerNorm's weight and bias.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError  # noqa: S403  what torch.load raises; nothing is unpickled beyond tensors
+from pickle import UnpicklingError  # what torch.load raises; nothing but tensors is unpickled
 
 import safetensors.torch
 import torch

@@ -26,6 +26,7 @@ class Objective(abc.ABC):
     name: str
     head_name: str  # key of the head in the trained module, the reference code's own; objectives may share one
     reads: Reads
+    downstream: bool = False  # a head trained from scratch on pre-trained weights, at its own learning rate
     negative_probability: float = 0.0  # share of pairs whose image the plan replaces by another
 
     @abc.abstractmethod
@@ -50,6 +51,13 @@ class Objective(abc.ABC):
     def metrics(self, output: LossOutput, batch: Batch) -> Sums:
         """Further (sum, count) pairs for evaluation, such as accuracy. Default: none."""
         return {}
+
+    def class_targets(self, batch: Batch) -> Tensor | None:
+        """[M] int64, the class that is right for each item of the batch, among the classes of the logits.
+
+        Evaluation counts them for the majority baseline. None (the default) where there are no classes.
+        """
+        return None
 
 
 def symmetric_kl(logits: Tensor, other: Tensor) -> Tensor:

@@ -78,6 +78,10 @@ class ImageTextMatching(Objective):
         """`accuracy`: share of pairs told right."""
         return {"accuracy": total(output.logits.argmax(-1) == batch.targets["matched"])}
 
+    def class_targets(self, batch: Batch) -> Tensor:
+        """Matched or not [B]."""
+        return batch.targets["matched"]
+
 
 def alignment_loss(distance: Tensor, matched: Tensor) -> Tensor:
     """Distances [B] of matched pairs minus those of mismatched ones, over the number of pairs: scalar.

@@ -143,6 +143,10 @@ class MaskedLanguageModeling(Objective):
         """`accuracy`: share of masked tokens predicted."""
         return {"accuracy": total(output.logits.argmax(-1) == batch.targets["word_pieces"])}
 
+    def class_targets(self, batch: Batch) -> Tensor:
+        """The masked word pieces [M]."""
+        return batch.targets["word_pieces"]
+
 
 @register("mlm")
 def _build(_: str, settings: ObjectivesConfig, manifest: Manifest) -> Objective:

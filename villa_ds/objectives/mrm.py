@@ -186,6 +186,10 @@ class MaskedRegionClassification(_RegionClassification):
         """`accuracy` among the classes without background."""
         return {"accuracy": total(1 + output.logits[:, 1:].argmax(-1) == batch.targets["regions"])}
 
+    def class_targets(self, batch: Batch) -> Tensor:
+        """The detector's classes [M]."""
+        return batch.targets["regions"]
+
 
 class MaskedRegionDistribution(_RegionClassification):
     """Predict the detector's distribution. Loss: KL(detector || prediction), mean over masked regions x classes.
@@ -211,6 +215,10 @@ class MaskedRegionDistribution(_RegionClassification):
         target = batch.targets["regions"]
         hit = output.logits[:, 1:].argmax(-1) == target[:, 1:].argmax(-1)
         return {"accuracy": total(hit), "kl": total(output.elements.sum(-1))}
+
+    def class_targets(self, batch: Batch) -> Tensor:
+        """The detector's most probable classes without background [M]."""
+        return 1 + batch.targets["regions"][:, 1:].argmax(-1)
 
 
 @register("mrfr", "mrc", "mrckl")

@@ -32,6 +32,7 @@ class VisualQuestionAnswering(Objective):
 
     name = "vqa"
     head_name = "vqa_output"
+    downstream = True
     reads = Reads.POOLED
 
     def __init__(self, vocabulary: Vocabulary, num_answers: int) -> None:
@@ -83,6 +84,10 @@ class VisualQuestionAnswering(Objective):
         """`score`: the target's score of the answer predicted (VQA accuracy)."""
         best = output.logits.argmax(-1, keepdim=True)
         return {"score": total(batch.targets["scores"].gather(-1, best))}
+
+    def class_targets(self, batch: Batch) -> Tensor:
+        """The answer of the highest score [B]."""
+        return batch.targets["scores"].argmax(-1)
 
 
 @register("vqa")

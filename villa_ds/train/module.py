@@ -34,6 +34,16 @@ class TrainModule(nn.Module):
         """The backbone."""
         return cast(Backbone, self.get_submodule(self._prefix))
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether a forward pass draws dropout masks now."""
+        return self.training and self.backbone.uses_dropout
+
+    @property
+    def downstream_heads(self) -> list[str]:
+        """Names of the heads whose learning rate `optimizer.head_multiplier` multiplies."""
+        return sorted({objective.head_name for objective in self.objectives.values() if objective.downstream})
+
     def head_of(self, objective_name: str) -> nn.Module:
         """The head of an objective."""
         return self.get_submodule(self.objectives[objective_name].head_name)
