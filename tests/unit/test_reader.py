@@ -1,0 +1,176 @@
+"""Reading shards: what was written comes back, and damage is named."""
+
+import io
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset as wds
+
+from tests.shards import make_shards
+from villa_ds.data import reader as reader_module
+from villa_ds.data.manifest import Manifest, fingerprint_of, load_manifest
+from villa_ds.data.reader import ShardReader
+from villa_ds.errors import DamageError, DataError
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_shards(tmp_path_factory.mktemp("shards"), groups=9, shards=2, images_per_group=2)
+
+
+@pytest.fixture
+def copy(shards: Manifest, tmp_path: Path) -> Manifest:
+    """A set that a test may damage."""
+    return load_manifest(shutil.copytree(shards.folder, tmp_path / "set"))
+
+
+def stored(manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
+    """Every pair's id and the tar sample it is in, by the webdataset package, in the order of the tars."""
+    pairs = []
+    for shard in manifest.shards:
+        for sample in wds.WebDataset(str(manifest.folder / shard.name), shardshuffle=False):
+            record = json.loads(sample["json"])
+            arrays = {name: np.load(io.BytesIO(sample[f"{name}.npy"])) for name in ("features", "boxes", "labels")}
+            pairs += [(text["id"], {**arrays, "text": text, "images": record["images"]}) for text in record["texts"]]
+    return pairs
+
+
+def test_every_pair_is_read_as_any_webdataset_reader_sees_it(shards: Manifest) -> None:
+    reader = ShardReader(shards)
+    expected = stored(shards)
+    assert len(expected) == shards.num_pairs
+    for pair, (identifier, content) in enumerate(expected):
+        sample = reader.sample(pair)
+        assert sample.id == identifier
+        assert sample.word_pieces.tolist() == content["text"]["word_pieces"]
+        assert sample.target == content["text"]["target"]
+        assert sample.negative is None
+        assert sample.regions.features.dtype == np.float16
+        for name in ("features", "boxes", "labels"):
+            read = getattr(sample.regions, name)
+            assert read.dtype == content[name].dtype
+            assert read.tobytes() == content[name].tobytes()
+        spans = [{"name": span.name, "start": span.start, "stop": span.stop} for span in sample.regions.images]
+        assert spans == content["images"]
+        assert len(spans) == 2
+
+
+def test_region_arrays_are_read_only_views_of_the_file(shards: Manifest) -> None:
+    regions = ShardReader(shards).sample(3).regions
+    for array in (regions.features, regions.boxes, regions.labels):
+        assert array is not None
+        assert not array.flags.owndata
+        assert not array.flags.writeable
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+def test_a_negative_is_the_other_groups_regions(shards: Manifest) -> None:
+    reader = ShardReader(shards)
+    group = shards.num_groups - 1
+    other = int(np.flatnonzero(shards.index["pair_group"] == group)[0])
+    sample = reader.sample(0, group)
+    assert sample.negative is not None
+    assert sample.negative.features.tobytes() == reader.sample(other).regions.features.tobytes()
+    assert sample.regions.features.tobytes() == reader.sample(0).regions.features.tobytes()
+
+
+def test_top_k_labels_become_distributions(tmp_path: Path) -> None:
+    manifest = make_shards(tmp_path, groups=3, shards=1, classes=7, label_format="topk")
+    tar_sample = next(iter(wds.WebDataset(str(tmp_path / "shard-000000.tar"), shardshuffle=False)))
+    kept = np.load(io.BytesIO(tar_sample["labels.npy"]))
+    labels = ShardReader(manifest).sample(0).regions.labels
+    assert labels is not None
+    assert (labels.dtype, labels.shape) == (np.float16, (len(kept), 7))
+    for row, pairs in zip(labels, kept, strict=True):
+        expected = {int(label): np.float16(probability) for label, probability in pairs}
+        assert {label: value for label, value in enumerate(row) if value} == {k: v for k, v in expected.items() if v}
+
+
+def test_a_set_without_labels_has_none(tmp_path: Path) -> None:
+    assert ShardReader(make_shards(tmp_path, groups=2, shards=1, classes=0)).sample(0).regions.labels is None
+
+
+def test_a_pickled_reader_maps_the_files_anew(shards: Manifest) -> None:
+    reader = ShardReader(shards)
+    first = reader.sample(5)
+    data = pickle.dumps(reader)
+    assert len(data) < 5000
+    assert pickle.loads(data).sample(5).regions.features.tobytes() == first.regions.features.tobytes()  # noqa: S301
+
+
+def test_few_maps_stay_open_and_arrays_outlive_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = make_shards(tmp_path, groups=6, shards=6, texts_per_group=1)
+    monkeypatch.setattr(reader_module, "OPEN_SHARDS", 2)
+    opened: list[str] = []
+    original = reader_module.open_shard
+    monkeypatch.setattr(
+        reader_module, "open_shard", lambda folder, shard: opened.append(shard.name) or original(folder, shard)
+    )
+    reader = ShardReader(manifest)
+    samples = [reader.sample(pair) for pair in [0, 1, 1, 0, 2, 0, 1]]
+    assert opened == [f"shard-{number:06d}.tar" for number in [0, 1, 2, 1]]
+    assert samples[0].regions.features.tobytes() == samples[3].regions.features.tobytes()
+
+
+def test_a_torn_or_missing_shard_is_named(copy: Manifest) -> None:
+    path = copy.folder / copy.shards[1].name
+    pair = int(np.flatnonzero(copy.index["group_shard"][copy.index["pair_group"]] == 1)[0])
+    path.write_bytes(path.read_bytes()[:-512])
+    with pytest.raises(DamageError, match=rf"{path.name}: has {copy.shards[1].bytes - 512} bytes, the manifest says"):
+        ShardReader(copy).sample(pair)
+    path.unlink()
+    with pytest.raises(DamageError, match=rf"{path.name}: cannot be opened: No such file"):
+        ShardReader(copy).sample(pair)
+    assert ShardReader(copy).sample(0).id == "t000000"
+
+
+def damage(manifest: Manifest, old: bytes, new: bytes) -> None:
+    """Replace the first `old` of the first shard by as many bytes."""
+    path = manifest.folder / manifest.shards[0].name
+    data = path.read_bytes()
+    assert old in data
+    assert len(old) == len(new)
+    path.write_bytes(data.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"ustar", b"xxxxx", "cannot be read: bad checksum"),
+        (b"g00000.features.npy", b"g00000.features.xxx", "lacks"),
+        (b"\x93NUMPY\x01\x00", b"\x93NUMPX\x01\x00", "cannot be read: the magic string"),
+        (b"\x93NUMPY\x01\x00", b"\x93NUMPY\x03\x00", r"cannot be read: \.npy of version \(3, 0\)"),
+        (b"'descr': '<f4'", b"'descr': '<f2'", r"cannot be read: \.npy of float16 .* does not fill"),
+        (b"'descr': '<f4'", b"'descr': '|O4'", "cannot be read"),
+        (b"'fortran_order': False", b"'fortran_order': True ", "Fortran order"),
+        (b'"images"', b'"imagex"', "lacks 'images'"),
+        (b'{"images":[', b'["images":[', "cannot be read: Expecting"),
+        (b'"id":"t000000"', b'"id":"t000009"', r"of a text 't000009', expected \d+ of 't000000'"),
+    ],
+)
+def test_damaged_bytes_name_the_shard_and_the_group(copy: Manifest, old: bytes, new: bytes, message: str) -> None:
+    damage(copy, old, new)
+    with pytest.raises(DamageError, match=rf"shard-000000\.tar: group 0 at byte 0 .*{message}.*verify"):
+        ShardReader(copy).sample(0)
+
+
+def test_features_of_another_width_are_refused_with_both_widths(copy: Manifest, tmp_path: Path) -> None:
+    other = make_shards(tmp_path / "other", groups=9, shards=2, images_per_group=2, width=24)
+    sizes = tuple(shard.bytes for shard in other.shards)
+    for shard in other.shards:
+        shutil.copy(other.folder / shard.name, copy.folder / shard.name)
+    shutil.copy(other.folder / "group_offset.npy", copy.folder / "group_offset.npy")
+    path = copy.folder / "manifest.json"
+    content = json.loads(path.read_text())
+    for record, size in zip(content["shards"], sizes, strict=True):
+        record["bytes"] = size
+    content["fingerprint"] = fingerprint_of(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"shard-000000\.tar: group 0 .* width 24, but the set is 16 wide"):
+        ShardReader(load_manifest(copy.folder)).sample(0)
