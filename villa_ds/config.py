@@ -4,7 +4,6 @@ An unknown key, a value of the wrong type or out of range is a `ConfigError` wit
 unit in the field comment; defaults are the release's settings unless the comment says otherwise.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,12 +74,23 @@ class MaskingConfig:
     mask_share: float = 0.8  # of the selected: [MASK]
     random_share: float = 0.1  # of the selected: a random word piece; the rest stays
 
+    def __post_init__(self) -> None:
+        for name in ("probability", "mask_share", "random_share"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "give a share from 0 to 1")
+        both = self.mask_share + self.random_share
+        require(
+            both <= 1, "random_share", self.random_share, f"with mask_share it makes {both}, give 1 or less together"
+        )
+
 
 @dataclass(frozen=True)
 class RegionMaskingConfig:
     """Masking of regions for MRFR, MRC and MRC-KL."""
 
     probability: float = 0.15
+
+    def __post_init__(self) -> None:
+        require(0 <= self.probability <= 1, "probability", self.probability, "give a share from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -92,12 +102,22 @@ class ItmConfig:
     ot_beta: float = 0.5
     ot_iterations: int = 50
 
+    def __post_init__(self) -> None:
+        share = self.negative_probability
+        require(0 <= share <= 1, "negative_probability", share, "give a share from 0 to 1")
+        require(self.ot_weight >= 0, "ot_weight", self.ot_weight, "give 0 or more")
+        require(self.ot_beta > 0, "ot_beta", self.ot_beta, "give more than 0")
+        require(self.ot_iterations >= 1, "ot_iterations", self.ot_iterations, "give 1 or more")
+
 
 @dataclass(frozen=True)
 class VqaConfig:
     """Visual question answering over a fixed answer list."""
 
     num_answers: int | None = None  # None: the size of the training set's answer list
+
+    def __post_init__(self) -> None:
+        require(self.num_answers is None or self.num_answers >= 1, "num_answers", self.num_answers, "give 1 or more")
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,10 @@ class ModalityConfig:
     step_size: float = 1e-3
     max_norm: float = 0.0  # 0: no bound
     init_norm: float = 0.0  # size of the initial perturbation for init uniform / normal; 0 takes max_norm
+
+    def __post_init__(self) -> None:
+        for name in ("step_size", "max_norm", "init_norm"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -140,6 +164,8 @@ class AdversaryConfig:
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", self.steps, "give 1 or more")
+        for name in ("kl_weight", "task_weight", "clean_weight", "warmup_steps"):
+            require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "give 0 or more")
         require(
             self.modality != "alternate" or self.objective == "released",
             "modality",
@@ -148,9 +174,6 @@ class AdversaryConfig:
         )
         for name in ("text", "image"):
             modality: ModalityConfig = getattr(self, name)
-            for item in dataclasses.fields(ModalityConfig):
-                value = getattr(modality, item.name)
-                require(value >= 0, f"{name}.{item.name}", value, "give 0 or more")
             require(
                 self.init == "zero" or max(modality.init_norm, modality.max_norm) > 0 or not self.perturbs(name),
                 f"{name}.init_norm",
@@ -212,6 +235,9 @@ class EngineConfig:
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int = 0  # CPU threads; 0 leaves torch's choice
 
+    def __post_init__(self) -> None:
+        require(self.threads >= 0, "threads", self.threads, "give 0 or more")
+
 
 @dataclass(frozen=True)
 class ValidationConfig:
@@ -219,6 +245,10 @@ class ValidationConfig:
 
     every: int = 0  # optimizer steps; 0: at the end of the run only
     micro_batches: int = 0  # bound a task; 0: the whole set
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "every", self.every, "give 0 or more")
+        require(self.micro_batches >= 0, "micro_batches", self.micro_batches, "give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -239,6 +269,9 @@ class LogConfig:
 
     every: int = 10  # optimizer steps between lines on the terminal; metrics.jsonl has every step
     tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "every", self.every, "give 1 or more")
 
 
 @dataclass(frozen=True)
