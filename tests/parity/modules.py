@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from golden import Case
 
+from tests.parity.golden import Case
 from villa_ds.config import ItmConfig, ModelConfig, ObjectivesConfig, VqaConfig
 from villa_ds.data.manifest import Manifest, Vocabulary
 from villa_ds.models.weights import load_reference

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from batches import batch_of
-from golden import DTYPES, Case, cases
-from modules import module_of
 from torch import Tensor
 
+from tests.parity.batches import batch_of
+from tests.parity.golden import DTYPES, Case, cases
+from tests.parity.modules import module_of
 from villa_ds.batch import Batch, Embeddings, Reads
 from villa_ds.models.uniter import UniterBackbone, joint_layout
 

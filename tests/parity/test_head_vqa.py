@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from batches import batch_of
-from golden import DTYPES, Case, cases
-from modules import BUILT, gradient, module_of
-from test_encoder import assert_layout
+
+from tests.parity.batches import batch_of
+from tests.parity.golden import DTYPES, Case, cases
+from tests.parity.modules import BUILT, gradient, module_of
+from tests.parity.test_encoder import assert_layout
 
 # Reference class -> objective and the name of its target.
 OBJECTIVES = {"UniterForVisualQuestionAnswering": ("vqa", "scores")}

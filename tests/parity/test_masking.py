@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import batch_of
-from golden import documents
-from modules import manifest_of
-from test_encoder import assert_layout
 
+from tests.parity.batches import batch_of
+from tests.parity.golden import documents
+from tests.parity.modules import manifest_of
+from tests.parity.test_encoder import assert_layout
 from villa_ds.batch import Example, ImageSpan, Reads, Regions, Sample
 from villa_ds.config import ItmConfig, MaskingConfig
 from villa_ds.objectives.itm import ImageTextMatching

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from golden import DTYPES, Case, cases
 
+from tests.parity.golden import DTYPES, Case, cases
 from villa_ds.objectives.ot import transport
 
 

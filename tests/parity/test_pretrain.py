@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from batches import batch_of, slot_mask
-from golden import DTYPES, Case, Expectations, cases
-from modules import gradient, module_of
-from test_encoder import assert_layout
 from torch import Tensor
 
+from tests.parity.batches import batch_of, slot_mask
+from tests.parity.golden import DTYPES, Case, Expectations, cases
+from tests.parity.modules import gradient, module_of
+from tests.parity.test_encoder import assert_layout
 from villa_ds.batch import Batch
 from villa_ds.models.uniter import joint_positions
 from villa_ds.objectives.itm import ImageTextMatching, alignment_loss

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from golden import Case, cases, documents
-from modules import BUILT, build, model_config, module_of
 from torch import nn
 
+from tests.parity.golden import Case, cases, documents
+from tests.parity.modules import BUILT, build, model_config, module_of
 from villa_ds.config import ModelConfig
 from villa_ds.models.presets import PRESETS, resolve_sizes
 from villa_ds.models.uniter import UniterBackbone

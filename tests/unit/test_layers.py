@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.unit.pairs import sizes_of
 from villa_ds.models import layers
 from villa_ds.models.layers import Encoder, Layer, LayerNorm, WideLinear, initialize, make_layer_norm, take
 
@@ -61,7 +61,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 def layer() -> Layer:
     torch.manual_seed(0)
-    made = Layer(tiny.sizes())
+    made = Layer(sizes_of())
     initialize(made, std=0.3)
     for parameter in made.parameters():  # biases and norms too, so that none of them can be left out
         parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -121,7 +121,7 @@ def test_masked_keys_do_not_matter() -> None:
 
 def test_dropout_acts_in_training_only_and_follows_the_seed() -> None:
     torch.manual_seed(0)
-    made, (hidden, mask) = Layer(tiny.sizes(dropout=0.5)), inputs()
+    made, (hidden, mask) = Layer(sizes_of(dropout=0.5)), inputs()
     initialize(made, std=0.3)
     made.to(DTYPE)
 
@@ -138,7 +138,7 @@ def test_dropout_acts_in_training_only_and_follows_the_seed() -> None:
 
 def test_attention_probabilities_are_dropped() -> None:
     torch.manual_seed(0)
-    attention = layers.SelfAttention(tiny.sizes(dropout=0.5)).to(DTYPE)
+    attention = layers.SelfAttention(sizes_of(dropout=0.5)).to(DTYPE)
     initialize(attention, std=0.3)
     hidden, mask = inputs()
     first, second = attention(hidden, mask, None), attention(hidden, mask, None)
@@ -151,7 +151,7 @@ def test_activation_checkpointing_recomputes_the_same(training: bool) -> None:
     calls: list[int] = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        encoder = Encoder(tiny.sizes(dropout=0.3, activation_checkpointing=recompute))
+        encoder = Encoder(sizes_of(dropout=0.3, activation_checkpointing=recompute))
         initialize(encoder, std=0.3)
         encoder.to(DTYPE).train(training)
         count = [0]
@@ -211,7 +211,7 @@ def test_apex_s_kernel_runs_on_cuda_tensors_only(fake_apex: list[tuple[Any, ...]
 
 def test_initialisation() -> None:
     torch.manual_seed(0)
-    encoder = Encoder(tiny.sizes())
+    encoder = Encoder(sizes_of())
     initialize(encoder, std=0.02)
     for name, parameter in encoder.named_parameters():
         if "LayerNorm.weight" in name:

@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+from tests.unit.pairs import batch_of_lengths, sizes_of
 from villa_ds.batch import Batch, Embeddings, Encoded, Reads
 from villa_ds.config import ModelConfig
 from villa_ds.errors import ConfigError
@@ -19,7 +19,7 @@ DTYPE = torch.float64
 
 def backbone(dropout: float = 0.0, seed: int = 0) -> UniterBackbone:
     torch.manual_seed(seed)
-    made = UniterBackbone(tiny.sizes(dropout))
+    made = UniterBackbone(sizes_of(dropout))
     for parameter in made.parameters():  # away from 0 and 1, so that no bias or norm can be left out
         parameter.data.add_(0.2 * torch.randn_like(parameter))
     return made.to(DTYPE)
@@ -49,14 +49,14 @@ def parameter_gradients(model: UniterBackbone, value: Tensor) -> list[Tensor]:
 
 
 def test_pooled_alone_equals_the_full_computation() -> None:
-    model, batch = backbone(), tiny.batch(dtype=DTYPE)
+    model, batch = backbone(), batch_of_lengths(dtype=DTYPE)
     alone, full = pooled(model, dataclasses.replace(batch, reads=Reads.POOLED)), pooled(model, batch)
     torch.testing.assert_close(alone, full)
     torch.testing.assert_close(parameter_gradients(model, weighted(alone)), parameter_gradients(model, weighted(full)))
 
 
 def test_read_slots_alone_equal_the_full_computation() -> None:
-    model, batch = backbone(), tiny.batch(dtype=DTYPE)
+    model, batch = backbone(), batch_of_lengths(dtype=DTYPE)
     text = batch.input_ids.shape[1]
     slots = torch.tensor([[1, 4, text + 1], [2, 0, 0], [text, text + 3, 0]])  # 3, 1 and 2 real ones
     packed = torch.tensor([0, 1, 2, 3, 6, 7])
@@ -73,7 +73,7 @@ def test_read_slots_alone_equal_the_full_computation() -> None:
 def test_last_layer_computes_only_what_is_read() -> None:
     model, lengths = backbone(), []
     model.encoder.layer[-1].register_forward_hook(lambda *call: lengths.append(call[-1].shape[1]))
-    batch = tiny.batch(dtype=DTYPE)
+    batch = batch_of_lengths(dtype=DTYPE)
     run(model, dataclasses.replace(batch, reads=Reads.POOLED))
     run(model, dataclasses.replace(batch, reads=Reads.SLOTS, read_slots=torch.ones(3, 2, dtype=torch.int64),
                                    read_packed=torch.arange(6)))  # fmt: skip
@@ -82,7 +82,7 @@ def test_last_layer_computes_only_what_is_read() -> None:
 
 
 def test_a_row_s_states_do_not_depend_on_its_batch() -> None:
-    model, together = backbone(), tiny.batch(dtype=DTYPE)
+    model, together = backbone(), batch_of_lengths(dtype=DTYPE)
     both = run(model, together)
     text = together.input_ids.shape[1]
     for row, (length, count) in enumerate(zip(together.text_lengths, together.region_counts, strict=True)):
@@ -108,7 +108,7 @@ def test_a_row_s_states_do_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize(("text", "regions"), [((6, 3, 4), (0, 0, 0)), ((0, 0, 0), (2, 5, 4))])
 @pytest.mark.parametrize("reads", [Reads.ALL, Reads.POOLED])
 def test_one_modality_alone(text: tuple[int, ...], regions: tuple[int, ...], reads: Reads) -> None:
-    model, batch = backbone(), tiny.batch(text, regions, reads, dtype=DTYPE)
+    model, batch = backbone(), batch_of_lengths(text, regions, reads, dtype=DTYPE)
     result = pooled(model, batch)
     gradients = dict(zip(dict(model.named_parameters()), parameter_gradients(model, weighted(result)), strict=True))
     used, unused = "embeddings.word_embeddings.weight", "img_embeddings.img_linear.weight"
@@ -120,7 +120,7 @@ def test_one_modality_alone(text: tuple[int, ...], regions: tuple[int, ...], rea
 
 
 def test_dropout_follows_the_default_generator() -> None:
-    model, batch = backbone(dropout=0.4), tiny.batch(dtype=DTYPE)
+    model, batch = backbone(dropout=0.4), batch_of_lengths(dtype=DTYPE)
 
     def seeded(seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -136,7 +136,7 @@ def test_mask_embedding_is_row_one_alone() -> None:
     model = backbone()
     mask = torch.zeros(3, 5, dtype=torch.bool)
     mask[1, 2] = mask[2, 0] = True
-    plain = tiny.batch(dtype=DTYPE)
+    plain = batch_of_lengths(dtype=DTYPE)
     batch = dataclasses.replace(plain, features=plain.features * ~mask[..., None], region_mask=mask)
     table = model.img_embeddings.mask_embedding.weight
     before = table.detach().clone()
@@ -152,7 +152,7 @@ def test_mask_embedding_is_row_one_alone() -> None:
 
 
 def test_padding_word_gets_no_gradient_by_lookup() -> None:
-    model, batch = backbone(), tiny.batch(dtype=DTYPE)
+    model, batch = backbone(), batch_of_lengths(dtype=DTYPE)
     weighted(run(model, batch).states).backward()
     gradient = model.embeddings.word_embeddings.weight.grad
     assert gradient is not None
@@ -161,7 +161,7 @@ def test_padding_word_gets_no_gradient_by_lookup() -> None:
 
 
 def test_seam_gets_no_gradient_at_padding() -> None:
-    model, batch = backbone(), tiny.batch(dtype=DTYPE)
+    model, batch = backbone(), batch_of_lengths(dtype=DTYPE)
     seam = model.embed(batch)
     leaves = Embeddings(seam.text.detach().requires_grad_(), seam.regions.detach().requires_grad_())
     weighted(model.encode(leaves, batch).states).backward()
@@ -173,7 +173,7 @@ def test_seam_gets_no_gradient_at_padding() -> None:
 
 def test_sixteen_bit_model_keeps_the_embeddings_in_float32() -> None:
     model = backbone().to(torch.bfloat16)
-    batch = tiny.batch(dtype=torch.float16)
+    batch = batch_of_lengths(dtype=torch.float16)
     seen: list[tuple[torch.dtype, torch.dtype]] = []
     for part in (model.embeddings.LayerNorm, model.img_embeddings.img_linear, model.img_embeddings.LayerNorm):
         part.register_forward_hook(lambda _, given, output: seen.append((given[0].dtype, output.dtype)))
@@ -197,7 +197,7 @@ def test_building_is_deterministic_under_the_seed() -> None:
 
 def test_fresh_parameters() -> None:
     torch.manual_seed(0)
-    model = UniterBackbone(tiny.sizes())
+    model = UniterBackbone(sizes_of())
     for name, value in model.state_dict().items():
         if name.endswith("bias"):
             assert not value.any(), name
@@ -209,7 +209,7 @@ def test_fresh_parameters() -> None:
 
 def test_too_long_a_text_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.max_position_embeddings: 10 is too small for a text of 11 tokens"):
-        backbone().embed(tiny.batch((11,), (2,), dtype=DTYPE))
+        backbone().embed(batch_of_lengths((11,), (2,), dtype=DTYPE))
 
 
 def test_registry() -> None:

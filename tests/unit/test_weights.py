@@ -5,14 +5,15 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
-import tiny
 import torch
 from torch import Tensor, nn
 
+from tests.tiny import VOCABULARY, tiny_module
 from villa_ds.errors import WeightsError
 from villa_ds.models.weights import (
     initialize_from,
@@ -28,9 +29,13 @@ Weights = dict[str, Tensor]
 PRETRAINING = ("mlm", "mrfr", "mrckl", "itm")
 
 
+def fresh(*names: str, seed: int = 0) -> TrainModule:
+    return tiny_module(*names, dtype=torch.float32, seed=seed)
+
+
 def weights(*names: str, seed: int = 1) -> Weights:
     """Reference weights of a model with these objectives, none of them a fresh model's zeros or ones."""
-    source = tiny.module(*names, seed=seed)
+    source = fresh(*names, seed=seed)
     with torch.no_grad():
         for parameter in source.parameters():
             parameter.normal_()
@@ -51,7 +56,7 @@ def test_joined_projections_have_three_names() -> None:
 
 
 def test_reference_layout_of_a_module() -> None:
-    module = tiny.module(*PRETRAINING)
+    module = fresh(*PRETRAINING)
     written = to_reference(module.state_dict())
     projection = "uniter.encoder.layer.1.attention.self"
     stacked = torch.cat([written[f"{projection}.{part}.weight"] for part in ("query", "key", "value")])
@@ -81,40 +86,40 @@ def tensorflow_names(name: str) -> str:
 
 @pytest.mark.parametrize("rename", [as_is, villa, tensorflow_names])
 def test_layouts_that_are_read(rename: Callable[[str], str]) -> None:
-    source, module = weights(*PRETRAINING), tiny.module(*PRETRAINING)
+    source, module = weights(*PRETRAINING), fresh(*PRETRAINING)
     report = load_reference(module, {rename(name): value for name, value in source.items()})
     assert report.missing == report.unexpected == ()
     assert_holds(module, source)
 
 
 def test_bare_encoder_into_a_module_and_back() -> None:
-    source, module = weights("vqa"), tiny.module("vqa")
+    source, module = weights("vqa"), fresh("vqa")
     encoder = {name.removeprefix("uniter."): value for name, value in source.items() if name.startswith("uniter.")}
     report = load_reference(module, encoder)
     assert all(name.startswith("vqa_output.") for name in report.missing)
     assert len(report.missing) == 6
     assert report.unexpected == ()
     assert_holds(module.backbone, encoder)
-    other = tiny.module("vqa", seed=5).backbone
+    other = fresh("vqa", seed=5).backbone
     assert load_reference(other, source).missing == ()
     assert_holds(other, encoder)
 
 
 def test_another_head_s_weights_are_reported(caplog: pytest.LogCaptureFixture) -> None:
-    source, module = weights("itm", "mrfr"), tiny.module("itm", "vqa")
-    fresh = module.get_parameter("vqa_output.0.weight").detach().clone()
+    source, module = weights("itm", "mrfr"), fresh("itm", "vqa")
+    before = module.get_parameter("vqa_output.0.weight").detach().clone()
     with caplog.at_level(logging.WARNING):
         report = load_reference(module, source)
     assert report.missing == tuple(f"vqa_output.{layer}.{name}" for layer in (0, 2, 3) for name in ("weight", "bias"))
     assert set(report.unexpected) == {name for name in source if name.startswith("feat_regress")}
     for name in (*report.missing, *report.unexpected):
         assert name in caplog.text
-    torch.testing.assert_close(module.get_parameter("vqa_output.0.weight"), fresh, rtol=0, atol=0)
+    torch.testing.assert_close(module.get_parameter("vqa_output.0.weight"), before, rtol=0, atol=0)
 
 
 def test_one_name_of_tied_parameters_suffices() -> None:
     for left_out in ("cls.predictions.decoder.weight", "uniter.embeddings.word_embeddings.weight"):
-        source, module = weights("mlm"), tiny.module("mlm")
+        source, module = weights("mlm"), fresh("mlm")
         partial = {name: value for name, value in source.items() if name != left_out}
         assert load_reference(module, partial).missing == ()
         assert_holds(module, source)
@@ -124,32 +129,32 @@ def test_tied_names_must_agree() -> None:
     source = weights("mlm")
     source["cls.predictions.decoder.weight"] = source["cls.predictions.decoder.weight"] + 1
     with pytest.raises(WeightsError, match=r"word_embeddings\.weight and cls\.predictions\.decoder\.weight"):
-        load_reference(tiny.module("mlm"), source)
+        load_reference(fresh("mlm"), source)
 
 
 def test_part_of_a_projection_is_reported_and_loaded() -> None:
-    source, module = weights("itm"), tiny.module("itm")
+    source, module = weights("itm"), fresh("itm")
     key = "uniter.encoder.layer.0.attention.self.key.weight"
-    fresh = to_reference(module.state_dict())[key]
+    before = to_reference(module.state_dict())[key]
     report = load_reference(module, {name: value for name, value in source.items() if name != key})
     assert report.missing == (key,)
-    assert_holds(module, {**source, key: fresh})
+    assert_holds(module, {**source, key: before})
 
 
 def test_the_same_tensor_twice_is_refused() -> None:
     source = weights("itm")
     source["bert.pooler.dense.bias"] = source["uniter.pooler.dense.bias"]
     with pytest.raises(WeightsError, match=r"hold uniter\.pooler\.dense\.bias twice, once as bert\.pooler"):
-        load_reference(tiny.module("itm"), source)
+        load_reference(fresh("itm"), source)
 
 
 def test_shape_mismatch_names_the_tensor_and_both_shapes() -> None:
-    source, module = weights("itm"), tiny.module("itm")
+    source, module = weights("itm"), fresh("itm")
     before = to_reference(module.state_dict())
     source["uniter.encoder.layer.0.attention.self.value.bias"] = torch.zeros(17)
     source["uniter.embeddings.position_embeddings.weight"] = torch.zeros(512, 16)
     message = (
-        r"position_embeddings\.weight is \(512, 16\), the model's is \(10, 16\); "
+        r"position_embeddings\.weight is \(512, 16\), the model's is \(20, 16\); "
         r".*self\.value\.bias is \(17,\), the model's is \(16,\)"
     )
     with pytest.raises(WeightsError, match=message):
@@ -158,7 +163,7 @@ def test_shape_mismatch_names_the_tensor_and_both_shapes() -> None:
 
 
 def test_other_types_are_converted() -> None:
-    source, module = weights("itm"), tiny.module("itm")
+    source, module = weights("itm"), fresh("itm")
     load_reference(module, {name: value.to(torch.float64) for name, value in source.items()})
     assert {value.dtype for value in module.state_dict().values()} == {torch.float32}
     assert_holds(module, source)
@@ -166,7 +171,7 @@ def test_other_types_are_converted() -> None:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_files_round_trip(tmp_path: Path, suffix: str) -> None:
-    source, module = weights(*PRETRAINING), tiny.module(*PRETRAINING)
+    source, module = weights(*PRETRAINING), fresh(*PRETRAINING)
     path = tmp_path / f"weights{suffix}"
     write_weights(path, source)
     stored = read_weights(path)
@@ -223,7 +228,7 @@ def bert_folder(folder: Path, file: str) -> Weights:
     else:
         safetensors.torch.save_file(tensors, folder / file)
     config = {
-        "vocab_size": tiny.WORDS,
+        "vocab_size": VOCABULARY.size,
         "hidden_size": 16,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
@@ -231,16 +236,16 @@ def bert_folder(folder: Path, file: str) -> Weights:
         "hidden_act": "gelu",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "vocab.txt").write_text("".join(f"piece{number}\n" for number in range(tiny.WORDS)))
+    (folder / "vocab.txt").write_text("".join(f"piece{number}\n" for number in range(VOCABULARY.size)))
     return own
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_bert_folder(tmp_path: Path, file: str) -> None:
-    source, module = bert_folder(tmp_path, file), tiny.module("mlm", "itm")
+    source, module = bert_folder(tmp_path, file), fresh("mlm", "itm")
     regions = to_reference(module.backbone.get_submodule("img_embeddings").state_dict())
     words = hashlib.sha256((tmp_path / "vocab.txt").read_bytes()).hexdigest()
-    report = initialize_from(module, tmp_path, vocabulary=tiny.vocabulary(words))
+    report = initialize_from(module, tmp_path, vocabulary=replace(VOCABULARY, sha256=words))
     assert report.unexpected == ("cls.seq_relationship.weight",)
     assert {name.split(".")[1] for name in report.missing if name.startswith("uniter.")} == {"img_embeddings"}
     assert {name for name in report.missing if not name.startswith("uniter.")} == {
@@ -253,23 +258,23 @@ def test_bert_folder(tmp_path: Path, file: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("num_attention_heads", 4), ("num_hidden_layers", 3), ("hidden_act", "relu"), ("vocab_size", 41)],
+    [("num_attention_heads", 4), ("num_hidden_layers", 3), ("hidden_act", "relu"), ("vocab_size", 51)],
 )
 def test_bert_folder_of_another_model(tmp_path: Path, key: str, value: object) -> None:
     bert_folder(tmp_path, "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(WeightsError, match=rf"config\.json: {key} is {value!r}, the model's is"):
-        initialize_from(tiny.module("mlm"), tmp_path)
+        initialize_from(fresh("mlm"), tmp_path)
 
 
 def test_bert_folder_with_another_vocabulary(tmp_path: Path) -> None:
-    module: TrainModule = tiny.module("mlm")
+    module: TrainModule = fresh("mlm")
     bert_folder(tmp_path, "model.safetensors")
     with pytest.raises(WeightsError, match=r"vocab\.txt: not the vocabulary of the shards"):
-        initialize_from(module, tmp_path, vocabulary=tiny.vocabulary("another"))
-    (tmp_path / "vocab.txt").write_text("piece\n" * 39)
-    with pytest.raises(WeightsError, match=r"vocab\.txt: 39 word pieces, the model has 40"):
+        initialize_from(module, tmp_path, vocabulary=replace(VOCABULARY, sha256="another"))
+    (tmp_path / "vocab.txt").write_text("piece\n" * 49)
+    with pytest.raises(WeightsError, match=r"vocab\.txt: 49 word pieces, the model has 50"):
         initialize_from(module, tmp_path)
     (tmp_path / "vocab.txt").unlink()
     with pytest.raises(WeightsError, match=r"holds config\.json and vocab\.txt"):
@@ -280,4 +285,4 @@ def test_bert_folder_without_weights(tmp_path: Path) -> None:
     bert_folder(tmp_path, "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"holds model\.safetensors or pytorch_model\.bin"):
-        initialize_from(tiny.module("mlm"), tmp_path)
+        initialize_from(fresh("mlm"), tmp_path)

@@ -48,7 +48,9 @@ def ipot(cost: Tensor, text_valid: Tensor, region_valid: Tensor, beta: float, it
     `iterations` proximal steps of strength `beta`, each with one Sinkhorn scaling of rows and columns. `cost` is
     [B, T, R]. A pair with no real word or no real region has an empty plan.
     """
-    words, regions = text_valid[:, None, :].to(cost.dtype), region_valid[:, :, None].to(cost.dtype)  # [B,1,T], [B,R,1]
+    # With one side empty the other has nowhere to go: its mass is taken out as if it were padding.
+    words = (text_valid & region_valid.any(1, keepdim=True))[:, None, :].to(cost.dtype)  # [B, 1, T]
+    regions = (region_valid & text_valid.any(1, keepdim=True))[:, :, None].to(cost.dtype)  # [B, R, 1]
     word_count, region_count = words.sum(2, keepdim=True), regions.sum(1, keepdim=True)  # [B, 1, 1]
     kernel = torch.exp(-cost.transpose(1, 2) / beta) * regions * words
     plan = regions * words

@@ -1,72 +1,39 @@
-"""Small models, batches and samples for unit tests."""
-
-import dataclasses
-from pathlib import Path
+"""Rows of chosen lengths, samples and sizes for unit tests of models and objectives."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tests.tiny import CLASSES, MANIFEST, VOCABULARY, WIDTH
 from villa_ds.batch import Batch, ImageSpan, Reads, Regions, Sample
 from villa_ds.config import ModelConfig, ObjectivesConfig
-from villa_ds.data.manifest import Manifest, Vocabulary
 from villa_ds.models.presets import BackboneSizes, resolve_sizes
 from villa_ds.objectives.base import Objective, build_objective
-from villa_ds.train.module import TrainModule, build_module
 
-WIDTH, CLASSES, WORDS, ANSWERS = 12, 7, 40, 5
-MODEL = ModelConfig(
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=24,
-    max_position_embeddings=10,
-    type_vocab_size=2,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-)
+LONGEST = 10
 
 
-def vocabulary(sha256: str = "") -> Vocabulary:
-    return Vocabulary(size=WORDS, sha256=sha256, pad=0, unk=1, cls=2, sep=3, mask=4, random_low=5)
-
-
-MANIFEST = Manifest(
-    folder=Path("shards"),
-    shards=(),
-    feature_width=WIDTH,
-    detector_classes=CLASSES,
-    label_format="dense",
-    vocabulary=vocabulary(),
-    answers=tuple("abcde"),
-    extractor="",
-    source="",
-    command="",
-    fingerprint="",
-    index_files={},
-)
-
-
-def sizes(dropout: float = 0.0, activation_checkpointing: bool = False) -> BackboneSizes:
-    config = dataclasses.replace(
-        MODEL,
+def sizes_of(dropout: float = 0.0, activation_checkpointing: bool = False) -> BackboneSizes:
+    """Two layers, 16 wide, with BERT's initialisation."""
+    config = ModelConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=LONGEST,
+        type_vocab_size=2,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
         activation_checkpointing=activation_checkpointing,
     )
-    return resolve_sizes(config, WORDS, WIDTH)
+    return resolve_sizes(config, VOCABULARY.size, WIDTH)
 
 
-def objective(name: str, settings: ObjectivesConfig | None = None) -> Objective:
+def objective_of(name: str, settings: ObjectivesConfig | None = None) -> Objective:
     return build_objective(name, settings or ObjectivesConfig(), MANIFEST)
 
 
-def module(*names: str, seed: int = 0) -> TrainModule:
-    torch.manual_seed(seed)
-    return build_module(MODEL, [objective(name) for name in names], MANIFEST)
-
-
-def batch(
+def batch_of_lengths(
     text_lengths: tuple[int, ...] = (6, 3, 4),
     region_counts: tuple[int, ...] = (2, 5, 4),
     reads: Reads = Reads.ALL,
@@ -85,7 +52,7 @@ def batch(
 
     return Batch(
         ids=tuple(map(str, range(rows))),
-        input_ids=torch.randint(5, WORDS, (rows, text), generator=generator) * text_valid,
+        input_ids=torch.randint(5, VOCABULARY.size, (rows, text), generator=generator) * text_valid,
         token_types=torch.zeros(rows, text, dtype=torch.int64),
         text_lengths=lengths,
         features=uniform(WIDTH),
@@ -98,7 +65,7 @@ def batch(
     )
 
 
-def regions(count: int, name: str = "image", labels: bool = True) -> Regions:
+def regions_of(count: int, name: str = "image", labels: bool = True) -> Regions:
     """Random regions, the same for the same name."""
     draw = np.random.default_rng(list(name.encode()))
     return Regions(
@@ -109,12 +76,12 @@ def regions(count: int, name: str = "image", labels: bool = True) -> Regions:
     )
 
 
-def sample(
+def sample_of(
     pieces: tuple[int, ...] = (11, 12, 13),
     image: Regions | None = None,
     target: dict[str, object] | None = None,
     negative: Regions | None = None,
 ) -> Sample:
     return Sample(
-        "pair", np.array(pieces, dtype=np.int32), image if image is not None else regions(4), target or {}, negative
+        "pair", np.array(pieces, dtype=np.int32), image if image is not None else regions_of(4), target or {}, negative
     )
