@@ -1,6 +1,6 @@
 """The release's optimizer: AdamW, parameter groups, learning-rate schedules, clipping.
 
-Source: UNITER's and VILLA's `optim` package; docs/optimizer in words: eps is added to the uncorrected square root, the
+Source: UNITER's and VILLA's `optim` package. In short: eps is added to the uncorrected square root, the
 decay comes after the update, parameters without gradient are left alone, decay groups go by substrings of names.
 Optimizer steps count from 1: the first update uses step 1.
 """
