@@ -5,11 +5,11 @@ import os
 import numpy as np
 import pytest
 import torch
-from golden import DTYPES, Case, Expectations, cases
-from test_param_groups import MODELS, head_names, interleaved
-from test_schedules import SCHEDULES, TABLES
 from torch.nn import Parameter
 
+from tests.parity.golden import DTYPES, Case, Expectations, cases
+from tests.parity.test_param_groups import MODELS, head_names, interleaved
+from tests.parity.test_schedules import SCHEDULES, TABLES
 from villa_ds.config import OptimizerConfig
 from villa_ds.train.optim import build_optimizer, clip_gradients, learning_rate, parameter_groups, set_learning_rate
 

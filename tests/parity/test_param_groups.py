@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from golden import documents
 from torch.nn import Parameter
 
+from tests.parity.golden import documents
 from villa_ds.train.optim import parameter_groups
 
 # LayerNorms that the reference does not call LayerNorm

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from golden import documents
 
+from tests.parity.golden import documents
 from villa_ds.config import OptimizerConfig
 from villa_ds.train.optim import learning_rate, linear, noam, vqa_steps
 

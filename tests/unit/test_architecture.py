@@ -42,6 +42,7 @@ ORDER = (
     "data.lanes",
     "data.reader",
     "data.collate",
+    "data.delivery",
     "data.loader",
     "models.presets",
     "models.backbone",
