@@ -11,8 +11,7 @@ from PIL import Image
 from scipy.spatial import ConvexHull
 
 _COLOUR_BINS = 4  # per CIELAB axis
-_PATCH = 8  # side of the outline patch
-_GRADIENT_PATCH = 16  # side of the patch whose gradients are counted
+_PATCH = 8  # side of the outline patch; gradients are taken at twice the resolution
 _CELLS = 2  # gradient histograms a side
 _ORIENTATIONS = 9  # unsigned, 20 degrees each (Dalal and Triggs 2005)
 _SHAPE_STATISTICS = 6
@@ -44,13 +43,14 @@ def describe(canvas: Canvas, box: tuple[int, int, int, int], mask: NDArray[np.bo
     else:
         chosen, solid = colours[mask], mask
         outline = mask.astype(np.float32)
+    fine = np.asarray(Image.fromarray(outline).resize((2 * _PATCH, 2 * _PATCH), Image.Resampling.BILINEAR))
     return np.concatenate(
         [
             _colour_histogram(chosen),
             chosen.mean(axis=0) / 50,
             chosen.std(axis=0) / 50,
-            _resized(outline, _PATCH).reshape(-1),
-            _gradient_histograms(_resized(outline, _GRADIENT_PATCH)),
+            fine.reshape(_PATCH, 2, _PATCH, 2).mean(axis=(1, 3)).reshape(-1),
+            _gradient_histograms(fine),
             _shape_statistics(solid, canvas.foreground.size),
         ]
     ).astype(np.float32)
@@ -63,47 +63,34 @@ def _colour_histogram(colours: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.sqrt(np.bincount(flat, minlength=_COLOUR_BINS**3) / len(flat))
 
 
-def _resized(outline: NDArray[np.float32], side: int) -> NDArray[np.float32]:
-    return np.asarray(Image.fromarray(outline).resize((side, side), Image.Resampling.BILINEAR))
-
-
 def _gradient_histograms(patch: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Orientation histograms of a patch's gradients, weighted by magnitude, in 2 x 2 cells; 2-norm at most 1."""
-    down, right = np.gradient(patch.astype(np.float64))
-    magnitude = np.hypot(down, right)
-    angle = np.arctan2(down, right) % np.pi
-    orientation = (angle / np.pi * _ORIENTATIONS).astype(np.int64) % _ORIENTATIONS
-    cell = np.arange(_GRADIENT_PATCH) * _CELLS // _GRADIENT_PATCH
-    place = (cell[:, None] * _CELLS + cell[None, :]) * _ORIENTATIONS + orientation
-    histograms = np.bincount(place.reshape(-1), magnitude.reshape(-1), minlength=_ORIENTATIONS * _CELLS**2)
+    """Orientation histograms of a square patch's gradients, weighted by magnitude, in 2 x 2 cells; 2-norm at most 1."""
+    down, right = (patch[1:] - patch[:-1])[:, 1:], (patch[:, 1:] - patch[:, :-1])[1:]
+    orientation = (np.arctan2(down, right) % np.pi / np.pi * _ORIENTATIONS).astype(np.int64) % _ORIENTATIONS
+    cell = np.arange(len(down)) * _CELLS // len(down)
+    place = (cell[:, None] * _CELLS + cell) * _ORIENTATIONS + orientation
+    histograms = np.bincount(place.ravel(), np.hypot(down, right).ravel(), minlength=_ORIENTATIONS * _CELLS**2)
     return np.asarray(histograms / (np.linalg.norm(histograms) + 1e-3))
 
 
 def _shape_statistics(solid: NDArray[np.bool_], image_size: int) -> NDArray[np.float64]:
     """Share of the box, share of the image, aspect, eccentricity, solidity and circularity of a mask; 0 if empty."""
-    rows, columns = np.nonzero(solid)
-    area = len(rows)
+    by_row, by_column = solid.sum(axis=1), solid.sum(axis=0)
+    area = int(by_row.sum())
     if area == 0:
         return np.zeros(_SHAPE_STATISTICS)
-    height, width = int(np.ptp(rows)) + 1, int(np.ptp(columns)) + 1
+    filled, columns = np.flatnonzero(by_row), np.flatnonzero(by_column)
+    height, width = int(filled[-1] - filled[0]) + 1, int(columns[-1] - columns[0]) + 1
+    y, x = np.arange(len(by_row)), np.arange(len(by_column))
+    y, x = y - by_row @ y / area, x - by_column @ x / area
     # Second moments of the pixels as unit squares, hence the 1 / 12; their eigenvalues are the axes of an ellipse.
-    yy, xx = rows.var() + 1 / 12, columns.var() + 1 / 12
-    xy = ((rows - rows.mean()) * (columns - columns.mean())).mean()
+    yy, xx, xy = by_row @ y**2 / area + 1 / 12, by_column @ x**2 / area + 1 / 12, y @ solid @ x / area
     spread = np.hypot((yy - xx) / 2, xy)
     eccentricity = np.sqrt(1 - ((yy + xx) / 2 - spread) / ((yy + xx) / 2 + spread))
     # The hull needs only the ends of each row, as corners of unit squares. `volume` is a plane hull's area.
-    filled = np.flatnonzero(solid.any(axis=1))
     first, last = solid[filled].argmax(axis=1), solid.shape[1] - solid[filled, ::-1].argmax(axis=1)
-    ends = np.tile(np.concatenate([first, last]), 2)
-    hull = ConvexHull(np.stack([np.concatenate([filled, filled, filled + 1, filled + 1]), ends], axis=1))
+    rows = np.concatenate([filled, filled, filled + 1, filled + 1])
+    hull = ConvexHull(np.stack([rows, np.tile(np.concatenate([first, last]), 2)], axis=1))
     circularity = 4 * np.pi * hull.volume / hull.area**2
-    return np.array(
-        [
-            area / (height * width),
-            area / image_size,
-            width / (width + height),
-            eccentricity,
-            area / hull.volume,
-            circularity,
-        ]
-    )
+    share = area / (height * width)
+    return np.array([share, area / image_size, width / (width + height), eccentricity, area / hull.volume, circularity])

@@ -4,9 +4,10 @@
     OUT/vqa/{train,validation,test}       questions with their answers
 
 The package's test images are in vqa/test and nowhere else. Every tenth of its training images is held out, the same
-ones from pretrain/train and vqa/train. Word pieces and the detector's classes are learned from the training images alone.
+ones from pretrain/train and vqa/train. Word pieces and detector classes come from the training images alone.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -137,9 +138,25 @@ def extract_all(
         found = list(with_progress(map(extract, paths), len(paths), "extracting regions"))
     else:
         # Not fork: a forked child of a process with threads can hang on a lock that one of them held.
-        with multiprocessing.get_context("spawn").Pool(count) as pool:
+        with _one_thread_a_child(), multiprocessing.get_context("spawn").Pool(count) as pool:
             found = list(with_progress(pool.imap(extract, paths, chunksize=32), len(paths), "extracting regions"))
     return dict(zip((photo.key for photo in photos), found, strict=True))
+
+
+@contextlib.contextmanager
+def _one_thread_a_child() -> Iterator[None]:
+    """Processes started inside run numerical libraries on one thread: N processes of N threads thrash N CPUs."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _extract(extractor: RegionExtractor, path: str) -> ExtractedRegions:

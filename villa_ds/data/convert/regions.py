@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.ndimage import find_objects
 from skimage.color import rgb2lab
 from skimage.segmentation import felzenszwalb
 
@@ -60,7 +61,7 @@ class PixelRegionExtractor:
     segment_pixels: int = 10  # smaller segments are merged into a neighbour
     min_regions: int = 6
     max_regions: int = 12
-    min_objectness: float = 0.1  # regions beyond min_regions have at least this much
+    min_objectness: float = 0.15  # regions beyond min_regions have at least this much
     overlap: float = 0.85  # of two proposals with a larger intersection over union the less object-like one goes
 
     @property
@@ -138,11 +139,9 @@ def _reduced(image: NDArray[np.uint8], longest_side: int) -> NDArray[np.uint8]:
 
 def _segment_proposals(segments: NDArray[np.int64]) -> list[Proposal]:
     proposals = []
-    for label in range(int(segments.max()) + 1):
-        mask = segments == label
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        x1, y1, x2, y2 = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-        proposals.append(Proposal((x1, y1, x2, y2), mask[y1:y2, x1:x2]))
+    for label, (rows, columns) in enumerate(find_objects(segments + 1), start=1):
+        box = (columns.start, rows.start, columns.stop, rows.stop)
+        proposals.append(Proposal(box, segments[rows, columns] + 1 == label))
     return proposals
 
 
