@@ -43,7 +43,7 @@ def batch_of(
     features = inputs.get("img_feat", torch.zeros(rows, 0, feature_width, dtype=floats))
     mask = slot_mask(inputs) if reads is Reads.SLOTS else None
     slots, packed = pack(mask) if mask is not None else (None, None)
-    return Batch(
+    batch = Batch(
         ids=tuple(map(str, range(rows))),
         input_ids=input_ids,
         token_types=inputs.get("txt_type_ids", torch.zeros_like(input_ids)),
@@ -60,3 +60,13 @@ def batch_of(
         read_packed=packed,
         targets=targets or {},
     )
+    assert_padding(batch, inputs["attn_masks"])
+    return batch
+
+
+def assert_padding(batch: Batch, attention_mask: Tensor) -> None:
+    """The stored lengths are those of the mask, and what lies beyond them is zero."""
+    assert (batch.text_lengths + batch.region_counts).tolist() == attention_mask.sum(1).tolist()
+    assert not batch.input_ids[~batch.text_valid].any()
+    assert not batch.features[~batch.region_valid].any()
+    assert not batch.boxes[~batch.region_valid].any()
