@@ -162,7 +162,7 @@ def test_layout(document: Document) -> None:
         text, regions = int(lengths.max()), int(counts.max())
         real = torch.arange(case["joint_len"]) < (lengths + counts)[:, None]
         inputs = {
-            "input_ids": torch.ones(len(lengths), text, dtype=torch.int64),
+            "input_ids": torch.zeros(len(lengths), text, dtype=torch.int64),
             "img_feat": torch.zeros(len(lengths), regions, WIDTH),
             "img_pos_feat": torch.zeros(len(lengths), regions, 7),
             "txt_lens": lengths,

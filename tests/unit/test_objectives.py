@@ -81,7 +81,7 @@ def test_mlm_reads_and_targets_line_up() -> None:
 
 
 def test_mlm_forces_the_first_piece_if_none_is_selected() -> None:
-    settings = ObjectivesConfig(mlm=MaskingConfig(probability=1e-12))
+    settings = ObjectivesConfig(mlm=MaskingConfig(probability=0.0))
     example = prepared(objective_of("mlm", settings), pieces=(11, 12, 13))
     assert example.input_ids.tolist() == [2, 4, 12, 13, 3]
     assert example.read_text is not None

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.unit.pairs import batch_of_lengths, sizes_of
 from villa_ds.batch import Batch, Embeddings, Encoded, Reads
@@ -130,6 +130,20 @@ def test_dropout_follows_the_default_generator() -> None:
     assert not torch.allclose(seeded(1), seeded(2))
     model.eval()
     torch.testing.assert_close(seeded(1), seeded(2), rtol=0, atol=0)
+
+
+def test_states_are_dropped_after_both_embeddings_and_in_both_halves_of_a_layer() -> None:
+    model, called = backbone(dropout=0.4), []
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Dropout):
+            part.register_forward_hook(lambda *_, name=name: called.append(name))
+            assert part.p == 0.4
+    pooled(model, batch_of_lengths(dtype=DTYPE))
+    assert called == [
+        "embeddings.dropout",
+        "img_embeddings.dropout",
+        *(f"encoder.layer.{index}.{half}.dropout" for index in range(2) for half in ("attention.output", "output")),
+    ]
 
 
 def test_mask_embedding_is_row_one_alone() -> None:

@@ -37,9 +37,8 @@ def mask_word_pieces(
     that every text has at least one target: the rate at length L is p + (1 - p)**L / L.
     """
     selected = uniforms < settings.probability
-    fate = uniforms / settings.probability  # uniform again, given that the piece is selected
-    replaced = selected & (fate < settings.mask_share + settings.random_share)
-    masked = selected & (fate < settings.mask_share)
+    replaced = uniforms < settings.probability * (settings.mask_share + settings.random_share)
+    masked = uniforms < settings.probability * settings.mask_share
     if not selected.any():
         selected[0] = masked[0] = True
     seen = np.where(masked, mask_id, np.where(replaced, replacements, pieces))
