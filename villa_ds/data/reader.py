@@ -3,6 +3,8 @@
 Shape legend: R regions of a group, D feature width, C detector classes, k kept classes, L word pieces.
 """
 
+import functools
+import io
 import json
 import math
 import mmap
@@ -21,6 +23,7 @@ from villa_ds.errors import DamageError, DataError
 
 OPEN_SHARDS = 128  # maps kept open by a reader; each costs a file descriptor, of which a process may have 1024
 BOX_WIDTH = 7
+_NPY_PREFIX = 10  # bytes before the header text of a `.npy` file of version 1.0; the last two are the text's length
 _MEND = "copy the shard again, `villa-ds shards verify` checks the whole set"
 
 
@@ -169,12 +172,21 @@ def _content(data: mmap.mmap, member: tuple[int, int]) -> bytes:
 def _array(data: mmap.mmap, member: tuple[int, int]) -> NDArray[Any]:
     """A read-only view of a `.npy` member. ValueError if it is malformed, of objects or does not fill its member."""
     start, size = member
-    data.seek(start)
-    version = np.lib.format.read_magic(data)
+    length = _NPY_PREFIX + int.from_bytes(data[start + _NPY_PREFIX - 2 : start + _NPY_PREFIX], "little")
+    shape, dtype = _parse_npy_header(data[start : start + length])
+    count = math.prod(shape)
+    if length + count * dtype.itemsize != size:
+        raise ValueError(f"an array {dtype}{list(shape)} does not fill {size} bytes")
+    return np.frombuffer(data, dtype, count, start + length).reshape(shape)
+
+
+@functools.lru_cache(maxsize=4096)  # arrays of equal shape have equal headers, and numpy takes long to parse one
+def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    stream = io.BytesIO(header)
+    version = np.lib.format.read_magic(stream)
     if version != (1, 0):
         raise ValueError(f".npy of version {version}, expected (1, 0)")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(data)
-    count, first = math.prod(shape), data.tell()
-    if fortran or first + count * dtype.itemsize != start + size:
-        raise ValueError(f".npy of {dtype} {shape} in {'Fortran' if fortran else 'C'} order does not fill {size} bytes")
-    return np.frombuffer(data, dtype, count, first).reshape(shape)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if fortran and len(shape) > 1:
+        raise ValueError("an array in Fortran order")
+    return shape, dtype

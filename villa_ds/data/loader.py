@@ -1,0 +1,219 @@
+"""Loaders: one rank's stream of optimizer steps, and a held-out set in a fixed order."""
+
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from villa_ds.batch import Batch
+from villa_ds.config import DataConfig
+from villa_ds.data.delivery import BatchMaker, Preparer, Request, Source, deliver
+from villa_ds.data.lanes import BatchPlan, Position, describe_plan, draw_task, next_row
+from villa_ds.data.manifest import Manifest
+from villa_ds.data.plan import DataPlan, MicroBatch, PlanSettings
+from villa_ds.data.reader import ShardReader
+from villa_ds.errors import CheckpointError
+
+EVALUATION_SEED = 0  # held-out masks and mismatched images are the same in every run
+EVALUATION_NAME = "evaluation"
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatches:
+    """What one rank gets for one optimizer step."""
+
+    step: int  # from 1
+    task: int  # position in the mix
+    data: str
+    objective: str
+    batches: tuple[Batch, ...]  # of this rank's lanes, in order
+    micro_batches: tuple[MicroBatch, ...]  # of all lanes, in order: the same on every rank
+    wait_seconds: float  # how long the loader was waited for
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """Where the stream stands: steps done, and the next micro-batch of each data set."""
+
+    step: int
+    positions: Mapping[str, Position]
+
+
+@dataclass(frozen=True, slots=True)
+class _PlannedStep:
+    task: int
+    micro_batches: tuple[MicroBatch, ...]
+    after: _State
+
+
+class Loader:
+    """One rank's stream of optimizer steps up to `total_steps`.
+
+    `sets` maps names to manifests, `tasks` is the mix as (data set name, objective, weight). The objectives of a data
+    set share one pass over its pairs. `position` is a `state()` to go on from. Which batches come is a function of
+    these arguments but for `batch_plan.world`, `rank`, `data.workers` and `data.prefetch`, which only share the work.
+
+    Raises ConfigError, DataError or DamageError where a set cannot be planned or read, CheckpointError if `position` is
+    of other data sets. Iterating again goes on after the last step that was delivered.
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, Manifest],
+        tasks: Sequence[tuple[str, Preparer, float]],
+        data: DataConfig,
+        seed: int,
+        batch_plan: BatchPlan,
+        rank: int,
+        total_steps: int,
+        position: Mapping[str, Any] | None = None,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
+        self._tasks, self._data, self._seed = tasks, data, seed
+        self._batch_plan, self._rank, self._total_steps = batch_plan, rank, total_steps
+        self._pin_memory = pin_memory
+        self._plans = {name: self._plan(name, sets[name]) for name in dict.fromkeys(name for name, _, _ in tasks)}
+        readers = {name: ShardReader(sets[name]) for name in self._plans}
+        self._maker = BatchMaker([Source(name, readers[name], objective) for name, objective, _ in tasks], seed)
+        self._state = _State(0, dict.fromkeys(self._plans, Position())) if position is None else self._parse(position)
+        self._running: Generator[StepBatches, None, None] | None = None
+
+    def __iter__(self) -> Iterator[StepBatches]:
+        self.close()
+        self._running = self._deliver()
+        return self._running
+
+    def close(self) -> None:
+        """End the loader processes. Happens by itself at the end of the stream and of the program."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands after the last step that was delivered: plain integers, for a checkpoint."""
+        positions = {name: [position.epoch, position.index] for name, position in self._state.positions.items()}
+        return {"step": self._state.step, "sets": positions}
+
+    def describe(self) -> list[str]:
+        """One line for each data set: pairs, micro-batches, padding, read amplification of the present epoch."""
+        return [
+            describe_plan(plan, self._state.positions[name].epoch, self._batch_plan)
+            for name, plan in self._plans.items()
+        ]
+
+    def _plan(self, name: str, manifest: Manifest) -> DataPlan:
+        return _plan(
+            manifest,
+            PlanSettings(
+                name=name,
+                seed=self._seed,
+                tokens=self._data.tokens,
+                rows_multiple=self._data.rows_multiple,
+                window=self._data.window,
+                max_text_length=self._data.max_text_length,
+                lanes=self._batch_plan.lanes,
+                negative_probability=max(
+                    objective.negative_probability for data, objective, _ in self._tasks if data == name
+                ),
+            ),
+        )
+
+    def _parse(self, position: Mapping[str, Any]) -> _State:
+        if set(position["sets"]) != set(self._plans):
+            raise CheckpointError(
+                f"the saved position is of the data sets {sorted(position['sets'])}, but the tasks use "
+                f"{sorted(self._plans)}; restore the recipe's tasks, or start a new run"
+            )
+        return _State(position["step"], {name: Position(*position["sets"][name]) for name in self._plans})
+
+    def _plan_step(self, state: _State) -> _PlannedStep:
+        task = draw_task(self._seed, state.step + 1, [weight for _, _, weight in self._tasks])
+        name = self._tasks[task][0]
+        row, after = next_row(self._plans[name], self._batch_plan.lanes, state.positions[name])
+        return _PlannedStep(task, row, _State(state.step + 1, {**state.positions, name: after}))
+
+    def _requests(self, planned: deque[_PlannedStep]) -> Iterator[Request]:
+        """This rank's requests from the present state on; each step is put on `planned` before its first request."""
+        state = self._state
+        while state.step < self._total_steps:
+            step = self._plan_step(state)
+            planned.append(step)
+            probability = self._tasks[step.task][1].negative_probability
+            for lane in self._batch_plan.lanes_of(self._rank):
+                micro_batch = step.micro_batches[lane]
+                negatives = micro_batch.negatives_for(probability)
+                yield Request(step.task, micro_batch.epoch, micro_batch.pairs, negatives)
+            state = step.after
+
+    def _deliver(self) -> Generator[StepBatches, None, None]:
+        planned: deque[_PlannedStep] = deque()
+        batches = deliver(
+            self._maker, self._requests(planned), self._data.workers, self._data.prefetch, self._pin_memory
+        )
+        while self._state.step < self._total_steps:
+            started = time.perf_counter()
+            taken = tuple(next(batches) for _ in range(self._batch_plan.lanes_per_rank))
+            waited = time.perf_counter() - started
+            step = planned.popleft()
+            self._state = step.after
+            name, objective, _ = self._tasks[step.task]
+            yield StepBatches(step.after.step, step.task, name, objective.name, taken, step.micro_batches, waited)
+
+
+class EvaluationLoader:
+    """A held-out set in a fixed order, each pair exactly once, whatever the run's seed and the texts' length.
+
+    Iterating yields (batch, whether it counts). Every rank gets the same number; where the micro-batches do not
+    divide evenly some ranks repeat one that does not count. `limit` bounds the micro-batches of all ranks together.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        objective: Preparer,
+        data: DataConfig,
+        batch_plan: BatchPlan,
+        rank: int,
+        limit: int | None = None,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
+        self._objective, self._data, self._pin_memory = objective, data, pin_memory
+        self._world, self._rank = batch_plan.world, rank
+        self._plan = _plan(
+            manifest,
+            PlanSettings(
+                name=EVALUATION_NAME,
+                seed=EVALUATION_SEED,
+                tokens=data.tokens,
+                rows_multiple=1,  # texts are longer than in training: rather few rows than a refusal
+                window=data.window,
+                max_text_length=None,
+                negative_probability=objective.negative_probability,
+            ),
+        )
+        self._maker = BatchMaker([Source(EVALUATION_NAME, ShardReader(manifest), objective)], EVALUATION_SEED)
+        count = self._plan.epoch(0).micro_batches
+        self._count = count if limit is None else min(count, limit)
+
+    def __len__(self) -> int:
+        """Batches of each rank, those that do not count included."""
+        return (self._count + self._world - 1) // self._world
+
+    def __iter__(self) -> Iterator[tuple[Batch, bool]]:
+        numbers = range(self._rank, len(self) * self._world, self._world)
+        requests = map(self._request, numbers)
+        batches = deliver(self._maker, requests, self._data.workers, self._data.prefetch, self._pin_memory)
+        for number, batch in zip(numbers, batches, strict=True):
+            yield batch, number < self._count
+
+    def _request(self, number: int) -> Request:
+        micro_batch = self._plan.micro_batch(0, min(number, self._count - 1))
+        negatives = micro_batch.negatives_for(self._objective.negative_probability)
+        return Request(0, 0, micro_batch.pairs, negatives)
+
+
+def _plan(manifest: Manifest, settings: PlanSettings) -> DataPlan:
+    return DataPlan(manifest.index, [shard.bytes for shard in manifest.shards], settings)
