@@ -31,7 +31,8 @@ def region_problems(features: NDArray[Any], boxes: NDArray[Any], width: int) -> 
     """What is wrong with features [R, D] and boxes [R, 7] of a group in a set of feature width `width`."""
     if features.ndim != 2 or features.shape[1] != width:
         yield f"features have shape {features.shape}, expected [regions, {width}], the width of the whole set"
-    elif not np.isfinite(features).all():
+        return
+    if not np.isfinite(features).all():
         row = int(np.argmin(np.isfinite(features).all(axis=1)))
         yield f"features of region {row} are not finite (float16 ends at 65504); scale them or leave the image out"
     if boxes.ndim != 2 or boxes.shape[1] != 7 or len(boxes) != len(features):

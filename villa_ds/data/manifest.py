@@ -22,13 +22,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from villa_ds.data import npy
 from villa_ds.errors import DataError
 
 SCHEMA_VERSION = 1
@@ -328,7 +328,7 @@ def write_manifest(
     replace_file(folder / VOCABULARY_NAME, vocabulary_bytes(pieces))
     index_files = {}
     for name, dtype in INDEX_DTYPES.items():
-        data = npy_bytes(np.asarray(index[name], dtype=dtype))
+        data = npy.encode(np.asarray(index[name], dtype=dtype))
         replace_file(folder / f"{name}.npy", data)
         index_files[name] = hashlib.sha256(data).hexdigest()
     content: dict[str, Any] = {
@@ -348,13 +348,6 @@ def write_manifest(
     manifest = _parse(folder, content)  # never write what could not be read
     replace_file(folder / MANIFEST_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     return manifest
-
-
-def npy_bytes(array: NDArray[Any]) -> bytes:
-    """The `.npy` file of an array, C order; object arrays, which would need pickle, are a ValueError."""
-    buffer = BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return buffer.getvalue()
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset import TarWriter
 
+from villa_ds.data import npy
 from villa_ds.data.contract import key_problem, label_problems, region_problems, span_problems, text_problems
-from villa_ds.data.manifest import LABEL_FORMATS, MANIFEST_NAME, Manifest, Shard, Vocabulary, npy_bytes, write_manifest
+from villa_ds.data.manifest import LABEL_FORMATS, MANIFEST_NAME, Manifest, Shard, Vocabulary, write_manifest
 from villa_ds.errors import DataError
 
 DEFAULT_SHARD_BYTES = 1 << 30  # large enough to read at disk speed, small enough to spread over lanes
@@ -277,9 +278,9 @@ def encode_group(group: Group, info: SetInfo) -> tuple[int, dict[str, bytes]]:
         record = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except (TypeError, ValueError) as error:
         raise DataError(f"group {group.key!r}: a target is not JSON: {error}; give numbers, texts and lists") from None
-    members = {"features.npy": npy_bytes(features), "boxes.npy": npy_bytes(boxes), "json": record}
+    members = {"features.npy": npy.encode(features), "boxes.npy": npy.encode(boxes), "json": record}
     if labels is not None:
-        members["labels.npy"] = npy_bytes(labels)
+        members["labels.npy"] = npy.encode(labels)
     return len(features), members
 
 

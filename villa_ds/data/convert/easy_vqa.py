@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Picture
 
-from villa_ds.data.convert.progress import with_progress
 from villa_ds.data.convert.statements import facts_of, statements_of
 from villa_ds.data.manifest import Manifest
+from villa_ds.data.progress import with_progress
 from villa_ds.data.wordpiece import WordPieces
 from villa_ds.data.writer import Group, Image, SetInfo, ShardWriter, Text
 from villa_ds.errors import DataError

@@ -1,4 +1,4 @@
-"""A progress line for conversions: rewritten in place on a terminal, now and then a plain line elsewhere."""
+"""A progress line for long work on shards: rewritten in place on a terminal, now and then a plain line elsewhere."""
 
 import sys
 import time
