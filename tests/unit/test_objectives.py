@@ -17,7 +17,7 @@ from villa_ds.config import ItmConfig, MaskingConfig, ObjectivesConfig, RegionMa
 from villa_ds.errors import ConfigError, DataError
 from villa_ds.objectives.base import Objective, build_objective
 from villa_ds.objectives.mlm import mask_word_pieces
-from villa_ds.objectives.ot import ipot
+from villa_ds.objectives.ot import ipot, transport
 from villa_ds.rng import Stream
 from villa_ds.train.module import TrainModule
 
@@ -309,6 +309,10 @@ def test_alignment_is_computed_in_float32() -> None:
     assert output.logits.dtype == torch.bfloat16
     assert output.loss.dtype == output.elements.dtype == torch.float32
     assert output.loss.isfinite()
+    states = torch.randn(2, 3, 16, dtype=torch.bfloat16)
+    real = torch.ones(2, 3, dtype=torch.bool)
+    result = transport(states, states, real, real, beta=0.5, iterations=50)
+    assert result.cost.dtype == result.plan.dtype == result.distance.dtype == torch.float32
 
 
 def test_vqa_loss_and_score() -> None:
@@ -342,6 +346,12 @@ def test_heads_are_shared_and_tied() -> None:
     assert module.get_parameter("cls.predictions.decoder.weight") is module.backbone.word_embedding
     assert module.get_parameter("feat_regress.weight") is module.backbone.feature_projection
     assert [name for name, _ in module.named_parameters() if "decoder" in name or name == "feat_regress.weight"] == []
+
+
+def test_a_shared_head_is_built_once() -> None:
+    alone, shared = fresh("mrc"), fresh("mrc", "mrckl")
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[name], value, rtol=0, atol=0)
 
 
 def test_building_a_head_leaves_the_backbone_alone() -> None:

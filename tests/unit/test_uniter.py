@@ -167,6 +167,7 @@ def test_mask_embedding_is_row_one_alone() -> None:
 
 def test_padding_word_gets_no_gradient_by_lookup() -> None:
     model, batch = backbone(), batch_of_lengths(dtype=DTYPE)
+    batch.input_ids[1, 1] = 0  # even where it stands for a real token
     weighted(run(model, batch).states).backward()
     gradient = model.embeddings.word_embeddings.weight.grad
     assert gradient is not None
@@ -185,8 +186,9 @@ def test_seam_gets_no_gradient_at_padding() -> None:
         assert leaf.grad[valid].any(dim=1).all()
 
 
-def test_sixteen_bit_model_keeps_the_embeddings_in_float32() -> None:
-    model = backbone().to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_model_keeps_the_embeddings_in_float32(dtype: torch.dtype) -> None:
+    model = backbone().to(dtype)
     batch = batch_of_lengths(dtype=torch.float16)
     seen: list[tuple[torch.dtype, torch.dtype]] = []
     for part in (model.embeddings.LayerNorm, model.img_embeddings.img_linear, model.img_embeddings.LayerNorm):
@@ -195,8 +197,8 @@ def test_sixteen_bit_model_keeps_the_embeddings_in_float32() -> None:
     assert seam.text.dtype == seam.regions.dtype == torch.float32
     encoded = model.encode(seam, batch)
     assert seen == [(torch.float32, torch.float32)] * 3
-    assert encoded.states.dtype == torch.bfloat16
-    # A step far below bfloat16's resolution survives up to the encoder.
+    assert encoded.states.dtype == dtype
+    # A step far below 16 bits' resolution survives up to the encoder.
     small = torch.full_like(seam.regions, 1e-5)
     projection = model.img_embeddings.img_linear
     assert not torch.equal(projection(seam.regions + small), projection(seam.regions))

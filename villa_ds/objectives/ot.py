@@ -32,7 +32,7 @@ def transport(
     """
     real = text_valid[:, :, None] & region_valid[:, None, :]
     cost = cosine_distance(widen(text), widen(regions)) * real
-    plan = ipot(cost.detach(), text_valid, region_valid, beta, iterations)
+    plan = ipot(cost, text_valid, region_valid, beta, iterations)
     return Transport(cost, plan, (cost * plan.transpose(1, 2)).sum((1, 2)))
 
 
