@@ -82,7 +82,8 @@ class ShardWriter:
     """Context manager that writes a shard set; the manifest is written last, so a killed writer leaves none.
 
     `add` raises DataError, naming the group's key, for a group that the contract does not allow. A new shard begins
-    when the open one has `shard_groups` groups or would outgrow `shard_bytes`. After the block `manifest` is set.
+    when the open one has `shard_groups` groups or the next group would take it beyond `shard_bytes`. `manifest` is set
+    after the block.
     """
 
     manifest: Manifest
@@ -141,7 +142,7 @@ class ShardWriter:
         """Check one group and append it."""
         identifiers = self._check_names(group)
         regions, members = encode_group(group, self._info)
-        shard = self._shard_for(sum(len(data) for data in members.values()))
+        shard = self._shard_for(_tar_size(members))
         self._group_shard.append(len(self._shards))
         self._group_offset.append(shard.add(group.key, members, len(group.texts)))
         self._group_regions.append(regions)
@@ -171,7 +172,7 @@ class ShardWriter:
         return identifiers
 
     def _shard_for(self, size: int) -> "_OpenShard":
-        """The shard that takes the next group, whose members have `size` bytes."""
+        """The shard that takes the next group, which takes `size` bytes of tar."""
         shard = self._open
         full = shard is not None and (shard.groups == self._shard_groups or shard.size + size > self._shard_bytes)
         if shard is None or full:
@@ -226,8 +227,15 @@ class _OpenShard:
         return Shard(self._path.name, self._stream.written, self._stream.digest.hexdigest(), self.groups, self.pairs)
 
     def discard(self) -> None:
+        self._tar.close()
         self._stream.close()
         self._temporary.unlink()
+
+
+def _tar_size(members: Mapping[str, bytes]) -> int:
+    """Bytes of a group in a tar: a header block a member, and content filled up to whole blocks."""
+    block = 512
+    return sum(block + -(-len(data) // block) * block for data in members.values())
 
 
 class _HashingStream:
