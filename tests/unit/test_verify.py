@@ -1,0 +1,279 @@
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.shards import make_shards
+from villa_ds.data import npy
+from villa_ds.data.manifest import INDEX_DTYPES, fingerprint_of
+from villa_ds.data.statistics import stat
+from villa_ds.data.verify import verify
+from villa_ds.errors import DamageError, DataError
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "set"
+    make_shards(folder, groups=6, shards=2)
+    return folder
+
+
+@pytest.fixture
+def folder(pristine, tmp_path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "set"))
+
+
+def rewrite(folder: Path, change, shard: str = "shard-000000.tar") -> None:
+    """Rewrite a tar with `change(name, content) -> content or None` and make the manifest agree: a wrong writer."""
+    with tarfile.open(folder / shard) as archive:
+        members = [(member.name, archive.extractfile(member).read()) for member in archive]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in members:
+            for kept_name, kept in change(name, content):
+                header = tarfile.TarInfo(kept_name)
+                header.size = len(kept)
+                archive.addfile(header, io.BytesIO(kept))
+    (folder / shard).write_bytes(buffer.getvalue())
+    seal(folder)
+
+
+def seal(folder: Path) -> None:
+    """Make sizes, checksums and the fingerprint of the manifest those of the files."""
+    content = json.loads((folder / "manifest.json").read_text())
+    for shard in content["shards"]:
+        data = (folder / shard["name"]).read_bytes()
+        shard.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    for name in INDEX_DTYPES:
+        content["index_files"][name] = hashlib.sha256((folder / f"{name}.npy").read_bytes()).hexdigest()
+    content["vocabulary"]["sha256"] = hashlib.sha256((folder / "vocab.txt").read_bytes()).hexdigest()
+    content["fingerprint"] = fingerprint_of(content)
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+def changed_array(extension: str, change, key: str = "g00001"):
+    """A `change` for `rewrite` that maps one group's array."""
+
+    def apply(name, content):
+        if name == f"{key}.{extension}.npy":
+            array = np.load(io.BytesIO(content)).copy()
+            content = npy.encode(change(array))
+        return [(name, content)]
+
+    return apply
+
+
+def changed_record(change, key: str = "g00001"):
+    def apply(name, content):
+        if name == f"{key}.json":
+            record = json.loads(content)
+            change(record)
+            content = json.dumps(record).encode()
+        return [(name, content)]
+
+    return apply
+
+
+def put(array, place, value):
+    array[place] = value
+    return array
+
+
+@pytest.mark.parametrize("settings", [{}, {"label_format": "topk", "images_per_group": 2}, {"classes": 0}])
+def test_a_set_as_written_has_no_problems(tmp_path, settings):
+    manifest = make_shards(tmp_path / "set", groups=6, shards=2, **settings)
+    report = verify(tmp_path / "set")
+    assert report.problems == ()
+    assert str(report).endswith(f"{manifest.num_pairs} pairs, 6 groups, 2 shards, all as they should be")
+    report.check()
+
+
+def test_a_missing_manifest_is_an_input_error(folder):
+    (folder / "manifest.json").unlink()
+    with pytest.raises(DataError, match="no manifest"):
+        verify(folder)
+
+
+def test_a_truncated_tar_is_damage(folder):
+    path = folder / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:7000])
+    report = verify(folder)
+    assert {problem.file for problem in report.problems} == {"shard-000001.tar"}
+    assert "(7000 bytes, expected " in report.problems[0].text
+    assert any("groups, the manifest says 3" in problem.text for problem in report.problems)
+    with pytest.raises(DamageError, match=r"shard-000001\.tar: sha256 is .* copy the damaged files again"):
+        report.check()
+
+
+def test_every_flipped_byte_of_a_shard_is_damage(folder):
+    path = folder / "shard-000000.tar"
+    data = path.read_bytes()
+    for place in range(0, len(data), 997):  # headers, array headers, numbers, JSON and padding
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+        report = verify(folder)
+        assert report.problems[0].file == "shard-000000.tar"
+        with pytest.raises(DamageError):
+            report.check()
+
+
+@pytest.mark.parametrize("name", ["shard-000001.tar", "vocab.txt", "pair_id.npy", "group_offset.npy"])
+def test_a_missing_or_altered_file_is_damage(folder, name):
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+    with pytest.raises(DamageError, match=f"{name}: sha256 is"):
+        verify(folder).check()
+    path.unlink()
+    with pytest.raises(DamageError, match=f"{name}: missing or unreadable"):
+        verify(folder).check()
+
+
+VIOLATIONS = {
+    "width": (
+        changed_array("features", lambda a: a[:, :-1]),
+        r"features have shape \(\d, 15\), expected \[regions, 16\]",
+    ),
+    "nan": (changed_array("features", lambda a: put(a, (1, 2), np.nan)), "features of region 1 are not finite"),
+    "type": (changed_array("features", lambda a: a.astype(np.float32)), r"features\.npy is float32, expected float16"),
+    "scalar": (changed_array("features", lambda a: a[0, 0]), r"features have shape \(1,\)"),
+    "box": (changed_array("boxes", lambda a: put(a, (1, 2), 1.5)), r"box 1 is .* expected 0 to 1"),
+    "area": (changed_array("boxes", lambda a: put(a, (0, 6), 0.99)), "area = w h"),
+    "labels": (changed_array("labels", lambda a: a * 2), r"no distribution \(sum 2"),
+    "regions": (changed_array("features", lambda a: a[1:]), r"boxes have shape \(\d, 7\), expected"),
+    "piece": (
+        changed_record(lambda r: r["texts"][0]["word_pieces"].__setitem__(0, 64)),
+        "but the vocabulary has 64",
+    ),
+    "span": (changed_record(lambda r: r["images"][0].update(stop=1)), "the images have 1 regions together"),
+    "id": (changed_record(lambda r: r["texts"][0].update(id="other")), r"the pair arrays say \[\(b't"),
+    "no texts": (changed_record(lambda r: r.update(texts=[])), "has no texts"),
+    "no images": (changed_record(lambda r: r.pop("images")), "json is not of the contract's form: KeyError 'images'"),
+    "target": (changed_record(lambda r: r["texts"][0].update(target=3)), "a target that is no JSON object"),
+    "pickle": (
+        lambda name, content: [
+            (name, b"\x80\x04K\x01." if name == "g00001.boxes.npy" else content),
+        ],
+        r"boxes\.npy cannot be decoded",
+    ),
+    "member": (
+        lambda name, content: [] if name == "g00001.labels.npy" else [(name, content)],
+        r"has the members \['boxes.npy', 'features.npy', 'json'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), VIOLATIONS.values(), ids=VIOLATIONS)
+def test_violations_name_shard_and_key(folder, change, message):
+    rewrite(folder, change)
+    report = verify(folder)
+    with pytest.raises(DataError, match=rf"shard-000000\.tar: group 'g00001': .*{message}"):
+        report.check()
+    # A changed size moves the groups behind; nothing else may be reported.
+    others = [problem for problem in report.problems if problem.key != "g00001"]
+    assert all("group_offset.npy says" in problem.text for problem in others)
+
+
+def test_every_problem_is_listed(folder):
+    rewrite(folder, changed_array("features", lambda a: put(a, (0, 0), np.inf), "g00000"))
+    rewrite(folder, changed_array("features", lambda a: put(a, (0, 0), np.inf), "g00004"), "shard-000001.tar")
+    report = verify(folder)
+    assert [(problem.file, problem.key) for problem in report.problems] == [
+        ("shard-000000.tar", "g00000"),
+        ("shard-000001.tar", "g00004"),
+    ]
+    lines = str(report).splitlines()
+    assert lines[0].startswith("shard-000000.tar: group 'g00000': features of region 0")
+    assert lines[-1].endswith("2 problems")
+
+
+def test_a_key_that_webdataset_would_split_or_merge(folder):
+    rewrite(folder, lambda name, content: [(name.replace("g00001.", "g00 01."), content)])
+    assert any("may hold 1 to 80 letters" in problem.text for problem in verify(folder).problems)
+    rewrite(folder, lambda name, content: [(name.replace("g00 01.", "g00004."), content)])
+    assert [(problem.file, problem.text) for problem in verify(folder).problems] == [
+        ("shard-000001.tar", "the key occurs twice in the set")
+    ]
+
+
+def test_groups_that_are_too_many_or_too_few(folder):
+    rewrite(folder, lambda name, content: [] if name.startswith("g00002.") else [(name, content)])
+    assert [problem.text for problem in verify(folder).problems] == ["2 groups, the manifest says 3"]
+    extra = ("g00009.json", b"{}")
+    rewrite(
+        folder,
+        lambda name, content: [(name, content), *([extra] if name == "g00005.labels.npy" else [])],
+        "shard-000001.tar",
+    )
+    assert [str(problem) for problem in verify(folder).problems][1:] == [
+        "shard-000001.tar: group 'g00009': has the members ['json'], "
+        "expected ['boxes.npy', 'features.npy', 'json', 'labels.npy']",
+        "shard-000001.tar: 4 groups, the manifest says 3",
+    ]
+
+
+def test_index_arrays_are_checked_against_the_tars_and_each_other(folder):
+    def resealed(name, change):
+        array = np.load(folder / f"{name}.npy")
+        np.save(folder / f"{name}.npy", change(array.copy()))
+        seal(folder)
+        texts = [str(problem) for problem in verify(folder).problems]
+        np.save(folder / f"{name}.npy", array)
+        return texts
+
+    assert "group_offset.npy says 512" in resealed("group_offset", lambda a: put(a, 1, 512))[0]
+    assert "group_regions.npy says 99" in resealed("group_regions", lambda a: put(a, 5, 99))[0]
+    assert "the pair arrays say" in resealed("pair_length", lambda a: put(a, 0, 50))[0]
+    assert resealed("pair_slot", lambda a: put(a, 0, 5)) == [
+        "pair_group.npy: pairs are not numbered group by group, text by text"
+    ]
+    assert resealed("group_shard", lambda a: put(a, 0, 1)) == [
+        "group_shard.npy: does not follow the shards' group counts"
+    ]
+    assert "pair_id.npy: 't000001' is the id of several texts" in resealed("pair_id", lambda a: put(a, 0, a[1]))
+    assert "group_regions.npy: 5 entries, but manifest.json counts 6" in resealed("group_regions", lambda a: a[:-1])[0]
+
+
+def test_stray_tars_and_a_wrong_vocabulary_are_violations(folder):
+    shutil.copy(folder / "shard-000000.tar", folder / "shard-000007.tar")
+    (folder / "vocab.txt").write_text((folder / "vocab.txt").read_text() + "more\n")
+    seal(folder)
+    report = verify(folder)
+    assert [problem.file for problem in report.problems] == ["vocab.txt", "shard-000007.tar"]
+    assert "the manifest says Vocabulary(size=64" in report.problems[0].text
+    with pytest.raises(DataError, match=r"vocab\.txt"):
+        report.check()
+
+
+def test_statistics(tmp_path):
+    manifest = make_shards(tmp_path / "set", groups=40, shards=4, texts_per_group=2)
+    found = stat(tmp_path / "set")
+    lengths, regions = manifest.index["pair_length"], manifest.index["group_regions"]
+    assert found.percentiles["word pieces a text"] == (
+        *np.percentile(lengths, (0, 5, 50, 95, 99, 100), method="nearest"),
+        lengths.mean(),
+    )
+    assert found.percentiles["regions a group"][-1] == regions.mean()
+    assert found.sampled == 40
+    pieces, labels = [], []
+    for shard in manifest.shards:
+        with tarfile.open(tmp_path / "set" / shard.name) as archive:
+            for member in archive:
+                content = archive.extractfile(member).read()
+                if member.name.endswith("json"):
+                    pieces += [piece for text in json.loads(content)["texts"] for piece in text["word_pieces"]]
+                elif member.name.endswith("labels.npy"):
+                    labels.append(np.load(io.BytesIO(content)).astype(np.float64))
+    rows = np.concatenate(labels)
+    assert found.used_pieces == len(set(pieces))
+    assert found.unknown == 0
+    assert found.label_entropy == pytest.approx(-(rows * np.log(np.maximum(rows, 1e-12))).sum(axis=1).mean())
+    assert found.background == pytest.approx(rows[:, 0].mean())
+    table = str(found)
+    assert f"pairs {manifest.num_pairs}, groups 40, shards 4" in table
+    assert manifest.fingerprint in table
+    make_shards(tmp_path / "bare", groups=3, shards=1, classes=0)
+    assert "labels   " not in str(stat(tmp_path / "bare"))
