@@ -31,7 +31,10 @@ class Passes(Protocol):
 
     stochastic: bool  # whether dropout is active, so that masks matter
     keeps_clean_graph: bool  # whether the clean graph can be differentiated for its inputs first (not under ZeRO-3)
-    gradient_scale: float  # what `backward` multiplies every gradient by (micro-batch weight, loss scale)
+
+    @property
+    def gradient_scale(self) -> float:
+        """What `backward` multiplies every gradient by (micro-batch weight, loss scale)."""
 
     def forward(self, perturbation: Perturbation | None, mask_draw: int) -> LossOutput:
         """A pass whose graph is differentiated once for the parameters."""
@@ -99,7 +102,7 @@ def initial_delta(config: AdversaryConfig, modality: ModalityConfig, like: Tenso
     """Perturbation [B, positions, width] before the first pass; zero at padding.
 
     `valid` is [B, positions]. Uniform is U(-eps, eps) / sqrt(N), N the row's real positions times width (Algorithm 1,
-    line 4), normal N(0, eps^2 / N); with the linf norm neither is divided. eps is `init_norm`, or `max_norm` if that is 0.
+    line 4), normal N(0, eps^2 / N); with the linf norm neither is divided. eps is `init_norm`, else `max_norm`.
     """
     if config.init == "zero":
         return torch.zeros_like(like)

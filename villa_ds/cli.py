@@ -1,0 +1,118 @@
+"""The command line: `villa-ds` or `python -m villa_ds`. Exit codes: 0 done, 2 input, 3 data damage, 75 preempted."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from villa_ds import __version__
+from villa_ds.config import load_recipe
+from villa_ds.errors import VillaError
+from villa_ds.resources import find_recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn an error that the user can mend into one line on stderr."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        result: int = parsed.run(parsed)
+    except VillaError as error:
+        print(f"villa-ds: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        sys.stderr.close()
+        return 0
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="villa-ds", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the deepspeed launcher gives it; LOCAL_RANK says the same
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_shards(commands.add_parser("shards", help="make, check and describe shard sets"))
+
+    command = commands.add_parser("train", help="pre-train or fine-tune; resumes by itself from its run directory")
+    _add_recipe(command)
+    command.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY", help="a recipe key that may differ on a resume"
+    )
+    command.set_defaults(run=_train)
+
+    command = commands.add_parser("trace", help="what the loaders deliver: one JSON line per global micro-batch")
+    _add_recipe(command)
+    command.add_argument("--steps", type=_positive, required=True, help="optimizer steps")
+    command.add_argument("--world-size", type=_positive, default=1, help="ranks whose loaders are run")
+    command.add_argument("--workers", type=int, default=0, help="loader processes a rank")
+    command.set_defaults(run=_trace)
+    return parser
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", help="a recipe file, or the name of one that ships, such as demo-pretrain")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys, such as data.root=DIR")
+
+
+def _add_shards(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(required=True, metavar="ACTION")
+    action = actions.add_parser("demo", help="shards from the 5,000 real images of the PyPI package easy-vqa")
+    action.add_argument("out", type=Path)
+    action.add_argument("--images", type=_positive, default=None, help="take this many training images only")
+    action.add_argument("--processes", type=_positive, default=None, help="worker processes")
+    action.set_defaults(run=_shards_demo)
+    action = actions.add_parser("verify", help="check structure, checksums, shapes and values of a shard set")
+    action.add_argument("folder", type=Path)
+    action.set_defaults(run=_shards_verify)
+    action = actions.add_parser("stat", help="counts, lengths, vocabulary and label statistics of a shard set")
+    action.add_argument("folder", type=Path)
+    action.set_defaults(run=_shards_stat)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+# Imports below are local because torch and friends take seconds, which `--help` and a typing error should not cost.
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    from villa_ds.train.loop import train  # noqa: PLC0415
+
+    train(load_recipe(find_recipe(parsed.recipe), parsed.overrides), parsed.allow_change)
+    return 0
+
+
+def _trace(parsed: argparse.Namespace) -> int:
+    from villa_ds.trace import trace  # noqa: PLC0415
+
+    recipe = load_recipe(find_recipe(parsed.recipe), parsed.overrides)
+    for row in trace(recipe, parsed.steps, parsed.world_size, parsed.workers):
+        print(json.dumps(row))
+    return 0
+
+
+def _shards_demo(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.convert.easy_vqa import demo  # noqa: PLC0415
+
+    demo(parsed.out, images=parsed.images, processes=parsed.processes)
+    return 0
+
+
+def _shards_verify(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.verify import verify  # noqa: PLC0415
+
+    print(verify(parsed.folder))
+    return 0
+
+
+def _shards_stat(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.verify import stat  # noqa: PLC0415
+
+    print(stat(parsed.folder))
+    return 0

@@ -1,0 +1,48 @@
+"""Held-out losses and metrics per task, beside what a trivial answer would score."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from villa_ds.data.loader import EvaluationLoader
+from villa_ds.objectives.base import Objective
+from villa_ds.train.engine import Engine
+from villa_ds.train.metrics import SumTable
+
+MAJORITY = "majority_baseline"
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, objective: Objective, loader: EvaluationLoader) -> dict[str, float]:
+    """Means over the loader's micro-batches, over all ranks; the module is left in training mode.
+
+    `majority_baseline` is the accuracy of always answering the evaluated set's commonest class: the best that ignores
+    the input can do, so a trained model must beat it.
+    """
+    sums = SumTable()
+    classes: Tensor | None = None
+    engine.module.eval()
+    for batch, counts in loader:
+        on_device = batch.to(engine.device, non_blocking=True)
+        output = engine.probe(on_device, objective.name, None)
+        weight = float(counts)  # 0: a repeat that only keeps the ranks in step
+        for group in (output.sums, objective.metrics(output, on_device)):
+            sums.add({name: (weight * total, weight * count) for name, (total, count) in group.items()})
+        targets = objective.class_targets(on_device)
+        if targets is not None:
+            counted = weight * torch.bincount(targets, minlength=output.logits.shape[-1]).to(torch.float64)
+            classes = counted if classes is None else classes + counted
+    engine.module.train()
+    results = sums.means(engine.sum_over_ranks)
+    if classes is not None:
+        total = engine.sum_over_ranks(classes)
+        results[MAJORITY] = float(total.max() / total.sum())
+    return results
+
+
+def evaluate_all(
+    engine: Engine, tasks: Mapping[str, tuple[Objective, EvaluationLoader]]
+) -> dict[str, dict[str, float]]:
+    """`evaluate` for each named task."""
+    return {name: evaluate(engine, objective, loader) for name, (objective, loader) in tasks.items()}

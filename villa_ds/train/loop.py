@@ -1,0 +1,150 @@
+"""The story of a run in one function: open what it needs, go on where it stopped, take steps, validate, save."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from villa_ds.config import PhaseConfig, Recipe
+from villa_ds.data.lanes import BatchPlan
+from villa_ds.data.loader import StepBatches
+from villa_ds.errors import NonFiniteError
+from villa_ds.train.adversary import Adversary
+from villa_ds.train.checkpoint import CheckpointStore, read_state
+from villa_ds.train.engine import Engine, build_engine
+from villa_ds.train.evaluate import evaluate_all
+from villa_ds.train.metrics import MetricsLog, Stopwatch, SumTable
+from villa_ds.train.optim import learning_rate
+from villa_ds.train.rundir import open_run_directory, write_results
+from villa_ds.train.session import (
+    RunData,
+    build_initial_module,
+    open_data,
+    refuse_silent_changes,
+    run_state,
+    training_loader,
+    validation_loaders,
+)
+from villa_ds.train.step import StepInput, adversarial_step, train_step
+
+Results = dict[str, dict[str, float]]
+log = logging.getLogger("villa_ds")
+
+
+def train(recipe: Recipe, allow_change: Iterable[str] = ()) -> Results:
+    """Run `recipe` to its end, from the newest good checkpoint of its run directory if there is one.
+
+    Returns the final validation: task -> metric -> value. Raises `VillaError`s for what the user can mend.
+    """
+    data = open_data(recipe)
+    engine = build_engine(build_initial_module(recipe, data), recipe.engine, recipe.optimizer)
+    plan = BatchPlan(recipe.data.lanes, engine.world)
+    directory = open_run_directory(recipe, rank=engine.rank, allow_change=allow_change)
+    store = CheckpointStore(directory, recipe.checkpoints.keep_last, engine)
+    step, position = resume(engine, store, data, plan, allow_change)
+    loader = training_loader(recipe, data, plan, engine.rank, position)
+    announce(recipe, engine, plan, step, loader.describe())
+    metrics = MetricsLog(
+        directory, start_step=step, total_steps=recipe.total_steps, every=recipe.log.every,
+        tensorboard=recipe.log.tensorboard, rank=engine.rank, reduce=engine.sum_over_ranks,
+    )  # fmt: skip
+
+    def validate(limit: int) -> Results:
+        results = evaluate_all(engine, validation_loaders(recipe, data, plan, engine.rank, limit))
+        for task, values in results.items():
+            metrics.event(step, f"validation/{task}", values)
+        return results
+
+    watch = Stopwatch()
+    for batches in loader:
+        step = batches.step
+        phase, phase_step = phase_at(recipe.phases, step)
+        lanes = tuple(plan.lanes_of(engine.rank))
+        work = StepInput(step, recipe.seed, data.objectives[batches.task], batches.batches, lanes)
+        sums = take_step(engine, work, phase, phase_step)
+        passes, rate = engine.passes, learning_rate(step, recipe.optimizer, recipe.total_steps)
+        try:
+            grad_norm = engine.update(rate)
+        except NonFiniteError as error:
+            metrics.close()
+            where = f"step {step} ({phase.name}, {batches.objective})"
+            raise NonFiniteError(f"{where}: {error}; nothing was updated, the last checkpoint is good") from None
+        fields = {"step": step, "phase": phase.name, "lr": rate, "grad_norm": grad_norm, "passes": passes}
+        metrics.record(fields | sample_fields(batches, recipe.log_sample_ids) | speed(batches, watch.lap()), sums)
+
+        last = step == recipe.total_steps
+        if step % recipe.checkpoints.every == 0 or last:
+            metrics.flush()
+            store.save(step, engine.save, run_state(recipe, data, plan, step, loader.state()))
+        if recipe.validation.every and step % recipe.validation.every == 0 and not last:
+            validate(recipe.validation.micro_batches)
+        watch.lap()
+    results = validate(0)
+    metrics.close()
+    if engine.rank == 0:
+        write_results(directory, results)
+    return results
+
+
+def take_step(engine: Engine, work: StepInput, phase: PhaseConfig, phase_step: int) -> SumTable:
+    """Accumulate the gradient of one optimizer step, with the phase's adversary if it has one."""
+    if phase.adversary is None:
+        return train_step(engine, work)
+    strength = min(1.0, phase_step / (phase.adversary.warmup_steps + 1))
+    return adversarial_step(engine, work, Adversary(phase.adversary), strength)
+
+
+def phase_at(phases: Sequence[PhaseConfig], step: int) -> tuple[PhaseConfig, int]:
+    """The phase that optimizer step `step` (from 1) belongs to, and its number within it (from 1)."""
+    for phase in phases:
+        if step <= phase.steps:
+            return phase, step
+        step -= phase.steps
+    raise IndexError(f"the phases end {step} steps before")
+
+
+def resume(
+    engine: Engine, store: CheckpointStore, data: RunData, plan: BatchPlan, allow_change: Iterable[str]
+) -> tuple[int, Mapping[str, Any] | None]:
+    """Load the newest good checkpoint; returns the steps done and the position in the data, (0, None) without one."""
+    folder = store.newest_good()
+    if folder is None:
+        return 0, None
+    state = read_state(folder)
+    refuse_silent_changes(folder, state, data, plan, allow_change)
+    engine.load(folder)
+    log.info("resumed from %s", folder)
+    return int(state["step"]), state["position"]
+
+
+def announce(recipe: Recipe, engine: Engine, plan: BatchPlan, step: int, lines: Sequence[str]) -> None:
+    """The first lines of a run: what is trained, on what, in which batches."""
+    name = recipe.engine.name
+    log.info("%s: %.2f million parameters on %s, engine %s", recipe.name, engine.parameters / 1e6, engine.device, name)
+    log.info("%s", plan.describe(recipe.data.tokens))
+    for line in lines:
+        log.info("%s", line)
+    phases = ", then ".join(f"{phase.steps} {phase.name}" for phase in recipe.phases)
+    log.info("optimizer steps %d to %d: %s", step + 1, recipe.total_steps, phases)
+
+
+def sample_fields(batches: StepBatches, with_ids: bool) -> dict[str, Any]:
+    """What a metrics line says of the step's samples, of all lanes in order: every rank and world size agree."""
+    ids = [list(micro.ids) for micro in batches.micro_batches]
+    epochs = [micro.epoch for micro in batches.micro_batches]
+    fields: dict[str, Any] = {
+        "epoch": epochs[0],
+        "data": batches.data,
+        "objective": batches.objective,
+        "samples": sum(map(len, ids)),
+        "sample_digest": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16],
+    }
+    # A step may run across an epoch's end, so ids come with the epoch of each micro-batch.
+    return fields | ({"sample_ids": ids, "sample_epochs": epochs} if with_ids else {})
+
+
+def speed(batches: StepBatches, seconds: float) -> dict[str, float]:
+    """Real tokens and regions of this rank (padding not counted) and how fast they went."""
+    tokens = sum(batch.tokens for batch in batches.batches)
+    return {"tokens": tokens, "tokens_per_s": tokens / seconds, "data_wait_s": batches.wait_seconds, "seconds": seconds}

@@ -1,0 +1,79 @@
+"""The state of training by parameter: one layout for every engine, ZeRO stage and number of ranks.
+
+`state-00000-of-00002.safetensors` holds whole tensors in float32 or wider under ``weight/<name>``, ``exp_avg/<name>``
+and ``exp_avg_sq/<name>``; every rank writes its share of the parameters. The number of updates is in the files'
+metadata. Tied parameters appear once, under their first name.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Parameter
+
+from villa_ds.errors import CheckpointError
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of every optimizer that the project offers
+KINDS = (WEIGHT, *MOMENTS)
+PATTERN = "state-*.safetensors"
+
+
+def write_parameters(
+    folder: Path, parameters: Iterable[tuple[str, Parameter]], get: Callable[[Parameter, str], Tensor], *,
+    updates: int, rank: int, world: int,
+) -> None:  # fmt: skip
+    """Write this rank's share. `get(parameter, kind)` gives the whole tensor; all ranks call it in the same order."""
+    tensors: dict[str, Tensor] = {}
+    for index, (name, parameter) in enumerate(parameters):
+        for kind in KINDS:
+            value = get(parameter, kind)
+            if index % world == rank:
+                tensors[f"{kind}/{name}"] = value.detach().cpu().clone()
+    path = folder / f"state-{rank:05d}-of-{world:05d}.safetensors"
+    save_file(tensors, path, metadata={"updates": str(updates), "format": "pt"})
+
+
+class ParameterFiles:
+    """Reads what `write_parameters` wrote, tensor by tensor, whatever the number of ranks was."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: list[Any] = [safe_open(path, framework="pt") for path in sorted(folder.glob(PATTERN))]
+        if not self._files:
+            raise CheckpointError(f"{folder}: holds no {PATTERN}")
+        self._owner = {key: file for file in self._files for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates done."""
+        return int(self._files[0].metadata()["updates"])
+
+    @property
+    def names(self) -> list[str]:
+        """Parameter names."""
+        return [key.removeprefix(f"{WEIGHT}/") for key in self._owner if key.startswith(f"{WEIGHT}/")]
+
+    def get(self, kind: str, name: str) -> Tensor:
+        """One whole tensor, on the CPU."""
+        tensor: Tensor = self._owner[f"{kind}/{name}"].get_tensor(f"{kind}/{name}")
+        return tensor
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights by parameter name."""
+        return {name: self.get(WEIGHT, name) for name in self.names}
+
+    def require_fit(self, parameters: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+        """Raise unless names and shapes are those of the model at hand."""
+        expected = dict(parameters)
+        for name in sorted({*expected, *self.names}):
+            if name not in expected or f"{WEIGHT}/{name}" not in self._owner:
+                where = "the checkpoint" if name in expected else "this model"
+                raise CheckpointError(f"parameter {name} is not in {where}: the checkpoint is of another model")
+            shape = tuple(self._owner[f"{WEIGHT}/{name}"].get_slice(f"{WEIGHT}/{name}").get_shape())
+            if shape != tuple(expected[name]):
+                raise CheckpointError(
+                    f"parameter {name} is {list(shape)} in the checkpoint and {list(expected[name])} in this model"
+                )

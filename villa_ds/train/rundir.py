@@ -1,0 +1,103 @@
+"""The run directory: one recipe, one log, one series of metrics and checkpoints.
+
+A directory that holds another recipe's run is refused, with the differences; what never changes a run's numbers may
+differ.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from villa_ds.config import Recipe, dump
+from villa_ds.errors import CheckpointError
+from villa_ds.mapping import to_mapping
+
+RECIPE_NAME, LOG_NAME, RESULTS_NAME = "config.yaml", "log.txt", "results.json"
+
+# Dotted keys that may differ when a run goes on: where and how it runs, not what it computes.
+FREE_KEYS = (
+    "output",
+    "data.root",
+    "data.workers",
+    "data.prefetch",
+    "engine",
+    "validation",
+    "checkpoints",
+    "log",
+    "log_sample_ids",
+    "model.fused_layer_norm",
+    "model.activation_checkpointing",
+)
+
+
+def open_run_directory(recipe: Recipe, *, rank: int, allow_change: Iterable[str] = ()) -> Path:
+    """Create the run directory or check that it belongs to this recipe; rank 0 writes `config.yaml` and `log.txt`."""
+    directory = recipe.run_directory
+    refuse_changes(directory, recipe, allow_change)
+    if rank == 0:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / RECIPE_NAME).write_text(dump(recipe), encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"{directory}: cannot write the run directory: {error.strerror}") from None
+    start_logging(directory if rank == 0 else None)
+    return directory
+
+
+def refuse_changes(directory: Path, recipe: Recipe, allow_change: Iterable[str]) -> None:
+    """Raise with the differences if `directory` holds the run of a recipe that computes something else."""
+    path = directory / RECIPE_NAME
+    if not path.exists():
+        if directory.exists() and any(directory.iterdir()):
+            raise CheckpointError(f"{directory}: not empty and no run of ours; give another `output`")
+        return
+    try:
+        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        raise CheckpointError(f"{path}: cannot be read; give another `output`") from None
+    allowed = (*FREE_KEYS, *allow_change)
+    changes = [
+        f"{key}: {old!r} -> {new!r}"
+        for key, old, new in differences(earlier, to_mapping(recipe))
+        if not any(key == free or key.startswith(f"{free}.") for free in allowed)
+    ]
+    if changes:
+        raise CheckpointError(
+            f"{directory} holds the run of another recipe ({'; '.join(changes)}): "
+            "give another `output`, or name what may change with --allow-change KEY"
+        )
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever two plain structures differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (left, right) in enumerate(zip(old, new, strict=True)):
+            yield from differences(left, right, f"{path}.{index}")
+    elif old != new:
+        yield path, old, new
+
+
+def start_logging(directory: Path | None) -> None:
+    """Plain lines on stderr and in `log.txt` for the rank that writes; warnings only for the others."""
+    logger = logging.getLogger("villa_ds")
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if directory is not None else logging.WARNING)
+    logger.addHandler(logging.StreamHandler(sys.stderr))
+    if directory is not None:
+        file = logging.FileHandler(directory / LOG_NAME, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(file)
+
+
+def write_results(directory: Path, results: Mapping[str, Any]) -> None:
+    """`results.json`: the final validation."""
+    (directory / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,127 @@
+"""What a run is made of: its data, its model, its loaders, and what a checkpoint says of it besides tensors."""
+
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from villa_ds import __version__
+from villa_ds.config import Recipe
+from villa_ds.data.lanes import BatchPlan
+from villa_ds.data.loader import EvaluationLoader, Loader
+from villa_ds.data.manifest import Manifest, load_manifest
+from villa_ds.errors import CheckpointError, DataError
+from villa_ds.mapping import to_mapping
+from villa_ds.models.weights import initialize_from
+from villa_ds.objectives.base import Objective, build_objective
+from villa_ds.rng import seed_of
+from villa_ds.train.module import TrainModule, build_module
+from villa_ds.train.rundir import differences
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run: manifests by set name, and one objective per task in the recipe's order."""
+
+    sets: Mapping[str, Manifest]
+    validation: Mapping[str, Manifest]
+    objectives: Sequence[Objective]
+
+    @property
+    def reference(self) -> Manifest:
+        """The manifest that gives widths and vocabulary; all sets agree on them."""
+        return next(iter(self.sets.values()))
+
+
+def open_data(recipe: Recipe) -> RunData:
+    """Load the manifests and build the objectives; sets that do not fit together are a `DataError`."""
+    root = Path(recipe.data.root)
+    sets = {name: load_manifest(root / folder) for name, folder in recipe.data.sets.items()}
+    validation = {name: load_manifest(root / folder) for name, folder in recipe.data.validation.items()}
+    everything = [*sets.values(), *validation.values()]
+    for aspect in ("feature_width", "detector_classes", "extractor"):
+        _require_equal(aspect, everything, [getattr(manifest, aspect) for manifest in everything])
+    _require_equal("vocabulary", everything, [manifest.vocabulary.sha256 for manifest in everything])
+    # One objective object per (name, data set with its own answers); sets share the rest.
+    objectives = [build_objective(task.objective, recipe.objectives, sets[task.data]) for task in recipe.tasks]
+    return RunData(sets, validation, objectives)
+
+
+def _require_equal(aspect: str, manifests: Sequence[Manifest], values: Sequence[object]) -> None:
+    for manifest, value in zip(manifests, values, strict=True):
+        if value != values[0]:
+            raise DataError(
+                f"{manifest.folder}: {aspect} {value!r} differs from {values[0]!r} of {manifests[0].folder}: "
+                "the sets of one run must come from one extractor and one vocabulary"
+            )
+
+
+def build_initial_module(recipe: Recipe, data: RunData) -> TrainModule:
+    """The model as it is before step 1: seeded initialisation, then the weights that the recipe names."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(recipe.seed, "initialise"))
+        module = build_module(recipe.model, data.objectives, data.reference)
+    if recipe.initialize is not None:
+        initialize_from(module, Path(recipe.initialize), data.reference.vocabulary)
+    return module
+
+
+def training_loader(
+    recipe: Recipe, data: RunData, plan: BatchPlan, rank: int, position: Mapping[str, Any] | None
+) -> Loader:
+    """This rank's stream of optimizer steps, from `position` (of a checkpoint) or the beginning to the run's end."""
+    tasks = [(task.data, objective, task.weight) for task, objective in zip(recipe.tasks, data.objectives, strict=True)]
+    return Loader(data.sets, tasks, recipe.data, recipe.seed, plan, rank, recipe.total_steps, position)
+
+
+def validation_loaders(
+    recipe: Recipe, data: RunData, plan: BatchPlan, rank: int, limit: int
+) -> dict[str, tuple[Objective, EvaluationLoader]]:
+    """One loader for each task whose data set has held-out data; `limit` micro-batches each, 0 for all."""
+    loaders = {}
+    for task, objective in zip(recipe.tasks, data.objectives, strict=True):
+        if task.data in data.validation:
+            manifest = data.validation[task.data]
+            loaders[f"{task.data}/{task.objective}"] = (
+                objective,
+                EvaluationLoader(manifest, objective, recipe.data, plan, rank, limit or None),
+            )
+    return loaders
+
+
+def run_state(recipe: Recipe, data: RunData, plan: BatchPlan, step: int, position: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of the run besides tensors: JSON."""
+    versions = {"villa_ds": __version__, "python": platform.python_version()}
+    versions |= {"torch": torch.__version__, "numpy": np.__version__}
+    return {
+        "step": step,
+        "position": dict(position),
+        "batch_plan": plan.to_dict(),
+        "recipe": to_mapping(recipe),
+        "data": {name: manifest.fingerprint for name, manifest in data.sets.items()},
+        "versions": versions,
+    }
+
+
+def refuse_silent_changes(
+    folder: Path, state: Mapping[str, Any], data: RunData, plan: BatchPlan, allow_change: Iterable[str]
+) -> None:
+    """Raise if going on from the checkpoint `folder` would change the run: other data, other batch arithmetic."""
+    allowed = {"batch_plan.world", *allow_change}
+    current = {"data": {name: manifest.fingerprint for name, manifest in data.sets.items()}}
+    current["batch_plan"] = plan.to_dict()  # type: ignore[assignment]
+    changes = [
+        f"{part}.{key}: {old!r} -> {new!r}"
+        for part, values in current.items()
+        for key, old, new in differences(state[part], values)
+        if f"{part}.{key}" not in allowed
+    ]
+    if changes:
+        raise CheckpointError(
+            f"{folder}: going on would silently change the run ({'; '.join(changes)}): "
+            "restore what was, or name what may change with --allow-change KEY"
+        )
