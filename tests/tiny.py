@@ -63,9 +63,7 @@ def _regions(stream: Stream, count: int) -> Regions:
     )
 
 
-def tiny_batch(
-    objective: Objective, rows: int = 4, start: int = 0, dtype: torch.dtype = torch.float64
-) -> Batch:
+def tiny_batch(objective: Objective, rows: int = 4, start: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
     """`dtype` is that of boxes and features, which perturbations take over."""
     examples = [
         objective.prepare(

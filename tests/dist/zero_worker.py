@@ -46,7 +46,10 @@ def main() -> None:
     norms = []
     for step, (objective_name, adversary) in list(enumerate(STEPS, 1))[start : start + int(count)]:
         objective = engine.module.objectives[objective_name]
-        batches = tuple(tiny_batch(objective, rows=2 + lane % 2, start=100 * step + 10 * lane, dtype=torch.float32) for lane in lanes)
+        batches = tuple(
+            tiny_batch(objective, rows=2 + lane % 2, start=100 * step + 10 * lane, dtype=torch.float32)
+            for lane in lanes
+        )
         work = StepInput(step, 0, objective, batches, tuple(lanes))
         if adversary is None:
             train_step(engine, work)

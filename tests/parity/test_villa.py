@@ -4,17 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from batches import batch_of
 from golden import DTYPES, Case, Expectations, cases
 from modules import module_of
+from torch import Tensor
+
 from tests.passes import ModulePasses
-from villa_ds.batch import Batch, Reads
+from villa_ds.batch import Batch, Perturbation, Reads
 from villa_ds.config import AdversaryConfig, ModalityConfig
+from villa_ds.models.weights import to_reference
 from villa_ds.train.adversary import Adversary, PassRecord, ascend
 from villa_ds.train.module import TrainModule
-from villa_ds.models.weights import to_reference
 
 NAMES = {"text": "txt", "regions": "img"}
 
@@ -43,7 +43,7 @@ def test_released_step(case: Case, schedule: str, dtype: torch.dtype) -> None:
         pytest.skip(f"the {case.spec['task']} head is built with the downstream tasks")
     hyper, class_ = case.spec["hyper"], case.spec["model"]["class"]
     module = module_of(case, dtype)
-    config = config_of(hyper, schedule.split()[0])
+    config = config_of(hyper, schedule.partition(" ")[0])
     objective = module.objectives["vqa"]
     with case.expectations(dtype) as expected:
         count = hyper["gradient_accumulation_steps"]
@@ -90,9 +90,7 @@ def check_ascent(
 def last_gradients(
     record: PassRecord, weight: float, config: AdversaryConfig, module: TrainModule, batch: Batch, anchor: Tensor
 ) -> dict[str, Tensor]:
-    """The release computes the perturbations' gradient after the last step too, and throws it away; the project does not."""
-    from villa_ds.batch import Perturbation
-
+    """The release computes the perturbations' gradient after the last step too and throws it away; we never do."""
     leaves = {name: delta.clone().requires_grad_() for name, delta in record.deltas.items()}
     output = module(batch, "vqa", Perturbation(leaves.get("text"), leaves.get("regions")))
     kl = module.objectives["vqa"].divergence(output.logits, anchor)

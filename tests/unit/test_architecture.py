@@ -60,6 +60,7 @@ ORDER = (
     "train.parameters",
     "train.optim",
     "train.adversary",
+    "train.torch_engine",
     "train.engine",
     "train.checkpoint",
     "train.metrics",

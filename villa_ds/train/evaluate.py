@@ -7,8 +7,8 @@ from torch import Tensor
 
 from villa_ds.data.loader import EvaluationLoader
 from villa_ds.objectives.base import Objective
-from villa_ds.train.engine import Engine
 from villa_ds.train.metrics import SumTable
+from villa_ds.train.torch_engine import Engine
 
 MAJORITY = "majority_baseline"
 

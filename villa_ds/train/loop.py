@@ -12,7 +12,7 @@ from villa_ds.data.loader import StepBatches
 from villa_ds.errors import NonFiniteError
 from villa_ds.train.adversary import Adversary
 from villa_ds.train.checkpoint import CheckpointStore, read_state
-from villa_ds.train.engine import Engine, build_engine
+from villa_ds.train.engine import build_engine
 from villa_ds.train.evaluate import evaluate_all
 from villa_ds.train.metrics import MetricsLog, Stopwatch, SumTable
 from villa_ds.train.optim import learning_rate
@@ -27,6 +27,7 @@ from villa_ds.train.session import (
     validation_loaders,
 )
 from villa_ds.train.step import StepInput, adversarial_step, train_step
+from villa_ds.train.torch_engine import Engine
 
 Results = dict[str, dict[str, float]]
 log = logging.getLogger("villa_ds")

@@ -15,8 +15,8 @@ from villa_ds.batch import Batch, LossOutput, Perturbation
 from villa_ds.objectives.base import Objective
 from villa_ds.rng import seed_of
 from villa_ds.train.adversary import Adversary, PassRecord, row_norm
-from villa_ds.train.engine import Engine
 from villa_ds.train.metrics import SumTable
+from villa_ds.train.torch_engine import Engine
 
 
 @dataclass(frozen=True)
