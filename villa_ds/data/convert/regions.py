@@ -57,11 +57,11 @@ class PixelRegionExtractor:
 
     longest_side: int = 128  # pixels; larger images are reduced first: colour and outline survive it
     segment_scale: float = 40.0  # felzenszwalb's: larger makes larger segments
-    segment_sigma: float = 0.4  # pixels of smoothing before segmentation
+    segment_sigma: float = 0.0  # pixels of smoothing before segmentation; noisy photographs want 0.8
     segment_pixels: int = 10  # smaller segments are merged into a neighbour
     min_regions: int = 6
     max_regions: int = 12
-    min_objectness: float = 0.15  # regions beyond min_regions have at least this much
+    min_objectness: float = 0.1  # regions beyond min_regions have at least this much
     overlap: float = 0.85  # of two proposals with a larger intersection over union the less object-like one goes
 
     @property
