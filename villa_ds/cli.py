@@ -42,6 +42,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_train)
 
+    command = commands.add_parser("evaluate", help="metrics and predictions of a checkpoint on held-out sets")
+    _add_recipe(command)
+    command.add_argument("--limit", type=_positive, default=0, help="micro-batches a task")
+    command.set_defaults(run=_evaluate)
+
+    command = commands.add_parser("export", help="the weights of a checkpoint as one file")
+    command.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory for its newest one")
+    command.add_argument("out", type=Path, help="OUT.safetensors or OUT.pt")
+    command.add_argument(
+        "--layout", choices=("villa_ds", "uniter"), default="uniter", help="tensor names: ours, or the reference's"
+    )
+    command.set_defaults(run=_export)
+
+    command = commands.add_parser("compare", help="the held-out results of several runs in one table")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    command.set_defaults(run=_compare)
+
+    commands.add_parser("doctor", help="what is installed, which kernels will run").set_defaults(run=_doctor)
+
     command = commands.add_parser("trace", help="what the loaders deliver: one JSON line per global micro-batch")
     _add_recipe(command)
     command.add_argument("--steps", type=_positive, required=True, help="optimizer steps")
@@ -88,6 +107,43 @@ def _train(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from villa_ds.train.predict import evaluate_checkpoint  # noqa: PLC0415
+
+    named = [override for override in parsed.overrides if override.startswith("checkpoint=")]
+    recipe = load_recipe(find_recipe(parsed.recipe), [item for item in parsed.overrides if item not in named])
+    checkpoint = Path(named[-1].removeprefix("checkpoint=")) if named else None
+    evaluate_checkpoint(recipe, checkpoint, parsed.limit)
+    return 0
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from villa_ds.models.weights import to_reference, write_weights  # noqa: PLC0415
+    from villa_ds.train.checkpoint import resolve_checkpoint  # noqa: PLC0415
+    from villa_ds.train.parameters import ParameterFiles  # noqa: PLC0415
+
+    tensors = ParameterFiles(resolve_checkpoint(parsed.checkpoint)).state_dict()
+    if parsed.layout == "uniter":
+        tensors = to_reference(tensors)
+    write_weights(parsed.out, {name: tensor.clone() for name, tensor in tensors.items()})
+    print(f"{parsed.out}: {len(tensors)} tensors")
+    return 0
+
+
+def _compare(parsed: argparse.Namespace) -> int:
+    from villa_ds.analysis.table import compare  # noqa: PLC0415
+
+    print(compare(parsed.runs))
+    return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from villa_ds.doctor import doctor  # noqa: PLC0415
+
+    print("\n".join(doctor()))
+    return 0
+
+
 def _trace(parsed: argparse.Namespace) -> int:
     from villa_ds.trace import trace  # noqa: PLC0415
 
@@ -107,12 +163,14 @@ def _shards_demo(parsed: argparse.Namespace) -> int:
 def _shards_verify(parsed: argparse.Namespace) -> int:
     from villa_ds.data.verify import verify  # noqa: PLC0415
 
-    print(verify(parsed.folder))
+    report = verify(parsed.folder)
+    print(report)
+    report.check()
     return 0
 
 
 def _shards_stat(parsed: argparse.Namespace) -> int:
-    from villa_ds.data.verify import stat  # noqa: PLC0415
+    from villa_ds.data.statistics import stat  # noqa: PLC0415
 
     print(stat(parsed.folder))
     return 0

@@ -52,6 +52,10 @@ class Objective(abc.ABC):
         """Further (sum, count) pairs for evaluation, such as accuracy. Default: none."""
         return {}
 
+    def predictions(self, output: LossOutput, batch: Batch) -> list[dict[str, object]]:
+        """What is predicted for each row of the batch, as JSON values; evaluation adds the row's id. Default: none."""
+        return []
+
     def class_targets(self, batch: Batch) -> Tensor | None:
         """[M] int64, the class that is right for each item of the batch, among the classes of the logits.
 

@@ -78,6 +78,14 @@ class ImageTextMatching(Objective):
         """`accuracy`: share of pairs told right."""
         return {"accuracy": total(output.logits.argmax(-1) == batch.targets["matched"])}
 
+    def predictions(self, output: LossOutput, batch: Batch) -> list[dict[str, object]]:
+        """The probability that the pair belongs together, and whether it does."""
+        scores = widen(output.logits).softmax(-1)[:, 1].tolist()
+        truth = batch.targets["matched"].tolist()
+        return [
+            {"matched_probability": score, "matched": bool(label)} for score, label in zip(scores, truth, strict=True)
+        ]
+
     def class_targets(self, batch: Batch) -> Tensor:
         """Matched or not [B]."""
         return batch.targets["matched"]

@@ -35,8 +35,9 @@ class VisualQuestionAnswering(Objective):
     downstream = True
     reads = Reads.POOLED
 
-    def __init__(self, vocabulary: Vocabulary, num_answers: int) -> None:
+    def __init__(self, vocabulary: Vocabulary, num_answers: int, answers: Sequence[str] = ()) -> None:
         self.vocabulary = vocabulary
+        self.answers = tuple(answers)
         self.num_answers = num_answers
 
     def prepare(self, sample: Sample, stream: Stream) -> Example:
@@ -85,6 +86,15 @@ class VisualQuestionAnswering(Objective):
         best = output.logits.argmax(-1, keepdim=True)
         return {"score": total(batch.targets["scores"].gather(-1, best))}
 
+    def predictions(self, output: LossOutput, batch: Batch) -> list[dict[str, object]]:
+        """The answer of the highest logit: its number, its text where the data set names answers, and its score."""
+        best = output.logits.argmax(-1)
+        scores = batch.targets["scores"].gather(-1, best[:, None])[:, 0].tolist()
+        return [
+            {"answer": self.answers[label] if label < len(self.answers) else None, "label": label, "score": score}
+            for label, score in zip(best.tolist(), scores, strict=True)
+        ]
+
     def class_targets(self, batch: Batch) -> Tensor:
         """The answer of the highest score [B]."""
         return batch.targets["scores"].argmax(-1)
@@ -98,4 +108,4 @@ def _build(_: str, settings: ObjectivesConfig, manifest: Manifest) -> Objective:
             f"objectives.vqa.num_answers: {num_answers!r} does not do: give 1 or more, or a set with an answer list "
             f"({manifest.folder} has none)"
         )
-    return VisualQuestionAnswering(manifest.vocabulary, num_answers)
+    return VisualQuestionAnswering(manifest.vocabulary, num_answers, manifest.answers)

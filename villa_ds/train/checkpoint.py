@@ -46,7 +46,8 @@ class CheckpointStore:
         final = self.directory / f"step-{step:08d}"
         partial = final.with_suffix(".partial")
         if self._ranks.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            for leftover in self.directory.glob("step-*.partial"):  # of a process that was killed while saving
+                shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
         self._ranks.gather(None)
         write(partial)
@@ -60,11 +61,12 @@ class CheckpointStore:
             manifest = partial / MANIFEST
             manifest.write_text(json.dumps({"step": step, "files": entries}, indent=1), encoding="utf-8")
             _sync(manifest)
+            _sync(partial)
             shutil.rmtree(final, ignore_errors=True)  # an unusable one of the same step, or it would have been resumed
             os.replace(partial, final)
             _sync(self.directory)
             self._point_to(final.name)
-            self._retain()
+            self._retain(final.name)
         self._ranks.gather(None)
         return final
 
@@ -72,18 +74,10 @@ class CheckpointStore:
         """The newest checkpoint whose every byte is as written; the same answer on all ranks. None if there is none."""
         found: str | None = None
         if self._ranks.rank == 0:
-            for folder in self._candidates():
-                problem = damage_of(folder)
-                if problem is None:
-                    found = folder.name
-                    break
-                log.warning("checkpoint %s is damaged and skipped: %s", folder, problem)
+            folder = newest_good_in(self.directory)
+            found = None if folder is None else folder.name
         found = self._ranks.gather(found)[0]
         return None if found is None else self.directory / found
-
-    def _candidates(self) -> list[Path]:
-        folders = [path for path in self.directory.glob("step-*") if path.is_dir() and path.suffix != ".partial"]
-        return sorted(folders, key=lambda path: path.name, reverse=True)
 
     def _point_to(self, name: str) -> None:
         temporary = self.directory / f"{LATEST}.tmp"
@@ -92,9 +86,22 @@ class CheckpointStore:
         os.replace(temporary, self.directory / LATEST)
         _sync(self.directory)
 
-    def _retain(self) -> None:
-        for folder in self._candidates()[self._keep_last :]:
+    def _retain(self, saved: str) -> None:
+        # A newer one is damaged, or the run would have gone on from it: it must not count as one of those kept.
+        folders = _candidates(self.directory)
+        newer = [folder for folder in folders if folder.name > saved]
+        for folder in (*newer, *folders[len(newer) + self._keep_last :]):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def newest_good_in(directory: Path) -> Path | None:
+    """The newest undamaged checkpoint of a checkpoints folder; damaged ones are named in the log. None without one."""
+    for folder in _candidates(directory):
+        problem = damage_of(folder)
+        if problem is None:
+            return folder
+        log.warning("checkpoint %s is damaged and skipped: %s", folder, problem)
+    return None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -103,36 +110,51 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether `resolve_checkpoint` would look for a checkpoint here, rather than weights of another kind."""
+    return any(candidate.exists() for candidate in (path / MANIFEST, path / LATEST, path / FOLDER))
+
+
 def resolve_checkpoint(path: Path) -> Path:
     """A checkpoint folder from what a user names: itself, a run directory, or its checkpoints folder; verified."""
-    for base in (path, path / FOLDER):
-        pointer = base / LATEST
-        if pointer.is_file():
-            path = base / pointer.read_text(encoding="utf-8").strip()
-            break
-    if not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path}: not a checkpoint, and no run directory that holds one")
-    problem = damage_of(path)
-    if problem is not None:
-        raise CheckpointError(f"{path}: damaged: {problem}; name an earlier checkpoint")
-    return path
+    if (path / MANIFEST).is_file():
+        problem = damage_of(path)
+        if problem is not None:
+            raise CheckpointError(f"{path}: damaged: {problem}; name an earlier checkpoint")
+        return path
+    for base in (path / FOLDER, path):
+        folder = newest_good_in(base)
+        if folder is not None:
+            return folder
+    raise CheckpointError(f"{path}: neither an undamaged checkpoint nor a run directory that holds one")
 
 
 def damage_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None if every byte is as its manifest says."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, entry in entries:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} is torn ({error})"
+    if RUN_STATE not in files:
+        return f"{MANIFEST} does not list {RUN_STATE}"
+    for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if _sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _sha256(path) != sha256:
             return f"{name} does not have the recorded sha256"
     return None
+
+
+def _candidates(directory: Path) -> list[Path]:
+    """Checkpoint folders, newest first, whatever their state."""
+    folders = [path for path in directory.glob("step-*") if path.is_dir() and path.suffix != ".partial"]
+    return sorted(folders, key=lambda path: path.name, reverse=True)
 
 
 def _files(folder: Path) -> Iterable[Path]:

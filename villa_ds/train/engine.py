@@ -220,9 +220,7 @@ class DeepSpeedEngine:
         DeepSpeed's own checkpoints are tied to the stage and the number of ranks, and its conversion of them is inexact
         at stage 3 (docs/engine.md).
         """
-        write_parameters(
-            folder, self.module.named_parameters(), self._get, updates=self._updates, rank=self.rank, world=self.world
-        )
+        write_parameters(folder, self.module, self._get, updates=self._updates, rank=self.rank, world=self.world)
 
     def load(self, folder: Path) -> None:
         """Restore weights and moments, whatever engine, stage and number of ranks wrote them."""

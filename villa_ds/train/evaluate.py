@@ -1,10 +1,11 @@
 """Held-out losses and metrics per task, beside what a trivial answer would score."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from villa_ds.batch import Batch, LossOutput
 from villa_ds.data.loader import EvaluationLoader
 from villa_ds.objectives.base import Objective
 from villa_ds.train.metrics import SumTable
@@ -13,9 +14,16 @@ from villa_ds.train.torch_engine import Engine
 MAJORITY = "majority_baseline"
 
 
+Observer = Callable[[LossOutput, Batch], None]
+
+
 @torch.no_grad()
-def evaluate(engine: Engine, objective: Objective, loader: EvaluationLoader) -> dict[str, float]:
+def evaluate(
+    engine: Engine, objective: Objective, loader: EvaluationLoader, observe: Observer | None = None
+) -> dict[str, float]:
     """Means over the loader's micro-batches, over all ranks; the module is left in training mode.
+
+    `observe` is called with every output that counts.
 
     `majority_baseline` is the accuracy of always answering the evaluated set's commonest class: the best that ignores
     the input can do, so a trained model must beat it.
@@ -29,6 +37,8 @@ def evaluate(engine: Engine, objective: Objective, loader: EvaluationLoader) -> 
         weight = float(counts)  # 0: a repeat that only keeps the ranks in step
         for group in (output.sums, objective.metrics(output, on_device)):
             sums.add({name: (weight * total, weight * count) for name, (total, count) in group.items()})
+        if counts and observe is not None:
+            observe(output, on_device)
         targets = objective.class_targets(on_device)
         if targets is not None:
             counted = weight * torch.bincount(targets, minlength=output.logits.shape[-1]).to(torch.float64)

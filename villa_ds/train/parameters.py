@@ -2,9 +2,10 @@
 
 `state-00000-of-00002.safetensors` holds whole tensors in float32 or wider under ``weight/<name>``, ``exp_avg/<name>``
 and ``exp_avg_sq/<name>``; every rank writes its share of the parameters. The number of updates is in the files'
-metadata. Tied parameters appear once, under their first name.
+metadata, and so are the further names of tied parameters, which are stored once, under their first name.
 """
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from villa_ds.errors import CheckpointError
 
@@ -23,18 +24,29 @@ PATTERN = "state-*.safetensors"
 
 
 def write_parameters(
-    folder: Path, parameters: Iterable[tuple[str, Parameter]], get: Callable[[Parameter, str], Tensor], *,
-    updates: int, rank: int, world: int,
-) -> None:  # fmt: skip
+    folder: Path, module: Module, get: Callable[[Parameter, str], Tensor], *, updates: int, rank: int, world: int
+) -> None:
     """Write this rank's share. `get(parameter, kind)` gives the whole tensor; all ranks call it in the same order."""
     tensors: dict[str, Tensor] = {}
-    for index, (name, parameter) in enumerate(parameters):
+    for index, (name, parameter) in enumerate(module.named_parameters()):
         for kind in KINDS:
             value = get(parameter, kind)
             if index % world == rank:
                 tensors[f"{kind}/{name}"] = value.detach().cpu().clone()
     path = folder / f"state-{rank:05d}-of-{world:05d}.safetensors"
-    save_file(tensors, path, metadata={"updates": str(updates), "format": "pt"})
+    metadata = {"updates": str(updates), "tied": json.dumps(tied_names(module)), "format": "pt"}
+    save_file(tensors, path, metadata=metadata)
+
+
+def tied_names(module: Module) -> dict[str, str]:
+    """Further name of a tied parameter -> its first name."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if owner != name:
+            tied[name] = owner
+    return tied
 
 
 class ParameterFiles:
@@ -61,9 +73,11 @@ class ParameterFiles:
         tensor: Tensor = self._owner[f"{kind}/{name}"].get_tensor(f"{kind}/{name}")
         return tensor
 
-    def weights(self) -> dict[str, Tensor]:
-        """All weights by parameter name."""
-        return {name: self.get(WEIGHT, name) for name in self.names}
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights by name, tied ones under every name."""
+        weights = {name: self.get(WEIGHT, name) for name in self.names}
+        tied: dict[str, str] = json.loads(self._files[0].metadata()["tied"])
+        return weights | {name: weights[first] for name, first in tied.items()}
 
     def require_fit(self, parameters: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         """Raise unless names and shapes are those of the model at hand."""

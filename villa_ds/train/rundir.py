@@ -6,6 +6,7 @@ differ.
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ import yaml
 from villa_ds.config import Recipe, dump
 from villa_ds.errors import CheckpointError
 from villa_ds.mapping import to_mapping
+from villa_ds.train.checkpoint import FOLDER
+from villa_ds.train.metrics import METRICS_NAME
 
 RECIPE_NAME, LOG_NAME, RESULTS_NAME = "config.yaml", "log.txt", "results.json"
 
@@ -42,10 +45,10 @@ def open_run_directory(recipe: Recipe, *, rank: int, allow_change: Iterable[str]
     if rank == 0:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / RECIPE_NAME).write_text(dump(recipe), encoding="utf-8")
+            _write_whole(directory / RECIPE_NAME, dump(recipe))
         except OSError as error:
             raise CheckpointError(f"{directory}: cannot write the run directory: {error.strerror}") from None
-    start_logging(directory if rank == 0 else None)
+    start_logging(directory if rank == 0 else None, verbose=rank == 0)
     return directory
 
 
@@ -53,13 +56,17 @@ def refuse_changes(directory: Path, recipe: Recipe, allow_change: Iterable[str])
     """Raise with the differences if `directory` holds the run of a recipe that computes something else."""
     path = directory / RECIPE_NAME
     if not path.exists():
-        if directory.exists() and any(directory.iterdir()):
+        if directory.exists() and any(item != _unfinished(path) for item in directory.iterdir()):
             raise CheckpointError(f"{directory}: not empty and no run of ours; give another `output`")
         return
     try:
         earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         raise CheckpointError(f"{path}: cannot be read; give another `output`") from None
+    if not isinstance(earlier, Mapping) or not {"name", "tasks", "phases"} <= earlier.keys():
+        raise CheckpointError(f"{path}: not a recipe of ours; give another `output`")
+    if _is_empty(directory):
+        return
     allowed = (*FREE_KEYS, *allow_change)
     changes = [
         f"{key}: {old!r} -> {new!r}"
@@ -71,6 +78,23 @@ def refuse_changes(directory: Path, recipe: Recipe, allow_change: Iterable[str])
             f"{directory} holds the run of another recipe ({'; '.join(changes)}): "
             "give another `output`, or name what may change with --allow-change KEY"
         )
+
+
+def _is_empty(directory: Path) -> bool:
+    """Whether no optimizer step was taken here: a start that was refused must not bind the mended recipe."""
+    metrics = directory / METRICS_NAME
+    taken = metrics.exists() and metrics.stat().st_size > 0
+    return not taken and not any((directory / FOLDER).glob("step-*"))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A kill leaves the old file or the new one."""
+    _unfinished(path).write_text(text, encoding="utf-8")
+    os.replace(_unfinished(path), path)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp")
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
@@ -85,12 +109,12 @@ def differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, 
         yield path, old, new
 
 
-def start_logging(directory: Path | None) -> None:
-    """Plain lines on stderr and in `log.txt` for the rank that writes; warnings only for the others."""
+def start_logging(directory: Path | None, *, verbose: bool) -> None:
+    """Plain lines on stderr, and in `log.txt` of `directory` if there is one; warnings only unless `verbose`."""
     logger = logging.getLogger("villa_ds")
     logger.handlers.clear()
     logger.propagate = False
-    logger.setLevel(logging.INFO if directory is not None else logging.WARNING)
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
     logger.addHandler(logging.StreamHandler(sys.stderr))
     if directory is not None:
         file = logging.FileHandler(directory / LOG_NAME, encoding="utf-8")
@@ -100,4 +124,4 @@ def start_logging(directory: Path | None) -> None:
 
 def write_results(directory: Path, results: Mapping[str, Any]) -> None:
     """`results.json`: the final validation."""
-    (directory / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    _write_whole(directory / RESULTS_NAME, json.dumps(results, indent=1) + "\n")

@@ -16,10 +16,12 @@ from villa_ds.data.loader import EvaluationLoader, Loader
 from villa_ds.data.manifest import Manifest, load_manifest
 from villa_ds.errors import CheckpointError, DataError
 from villa_ds.mapping import to_mapping
-from villa_ds.models.weights import initialize_from
+from villa_ds.models.weights import initialize_from, load_reference, to_reference
 from villa_ds.objectives.base import Objective, build_objective
 from villa_ds.rng import seed_of
+from villa_ds.train.checkpoint import is_checkpoint, resolve_checkpoint
 from villa_ds.train.module import TrainModule, build_module
+from villa_ds.train.parameters import ParameterFiles
 from villa_ds.train.rundir import differences
 
 
@@ -46,7 +48,6 @@ def open_data(recipe: Recipe) -> RunData:
     for aspect in ("feature_width", "detector_classes", "extractor"):
         _require_equal(aspect, everything, [getattr(manifest, aspect) for manifest in everything])
     _require_equal("vocabulary", everything, [manifest.vocabulary.sha256 for manifest in everything])
-    # One objective object per (name, data set with its own answers); sets share the rest.
     objectives = [build_objective(task.objective, recipe.objectives, sets[task.data]) for task in recipe.tasks]
     return RunData(sets, validation, objectives)
 
@@ -66,8 +67,17 @@ def build_initial_module(recipe: Recipe, data: RunData) -> TrainModule:
         torch.manual_seed(seed_of(recipe.seed, "initialise"))
         module = build_module(recipe.model, data.objectives, data.reference)
     if recipe.initialize is not None:
-        initialize_from(module, Path(recipe.initialize), data.reference.vocabulary)
+        load_initial_weights(module, Path(recipe.initialize), data)
     return module
+
+
+def load_initial_weights(module: TrainModule, path: Path, data: RunData) -> None:
+    """Load the weights of a run, a checkpoint, a weights file or a BERT folder; what the model lacks is left out."""
+    if is_checkpoint(path):
+        files = ParameterFiles(resolve_checkpoint(path))
+        load_reference(module, to_reference(files.state_dict()))
+    else:
+        initialize_from(module, path, data.reference.vocabulary)
 
 
 def training_loader(

@@ -1,7 +1,7 @@
 """The engine protocol, and plain PyTorch in one process: the reference that DeepSpeed must equal.
 
-Every engine gives a parameter that took no part in a step a zero gradient, as ZeRO cannot do otherwise: its moments decay
-and weight decay applies, where the releases' optimizer, fed None, leaves it alone (docs/engine.md).
+Every engine gives a parameter that took no part in a step a zero gradient, as ZeRO cannot do otherwise: its moments
+decay and weight decay applies, where the releases' optimizer, fed None, leaves it alone (docs/engine.md).
 """
 
 import math
@@ -123,9 +123,7 @@ class TorchEngine:
 
     def save(self, folder: Path) -> None:
         """Write weights and moments by parameter."""
-        write_parameters(
-            folder, self.module.named_parameters(), self._get, updates=self._updates, rank=self.rank, world=self.world
-        )
+        write_parameters(folder, self.module, self._get, updates=self._updates, rank=self.rank, world=self.world)
 
     def load(self, folder: Path) -> None:
         """Restore weights and moments, whatever engine wrote them."""

@@ -1,0 +1,43 @@
+"""`villa-ds compare`: the held-out results of several runs in one table, beside the trivial baseline."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from villa_ds.errors import ConfigError
+from villa_ds.train.evaluate import MAJORITY
+from villa_ds.train.predict import EVALUATION
+from villa_ds.train.rundir import RESULTS_NAME
+
+ACCURACIES = ("accuracy", "score")  # what the majority baseline is comparable with
+
+
+def compare(runs: Sequence[Path]) -> str:
+    """One line for each run and task: loss, accuracy, and the accuracy of always giving the commonest answer.
+
+    A run's newest `villa-ds evaluate` counts; without one, the validation at its end.
+    """
+    rows = [("run", "task", "loss", "accuracy", "majority baseline")]
+    for run in runs:
+        for task, values in _results(run).items():
+            accuracy = next((values[name] for name in ACCURACIES if name in values), None)
+            numbers = (values.get("loss"), accuracy, values.get(MAJORITY))
+            rows.append((run.name, task, _number(numbers[0]), _number(numbers[1]), _number(numbers[2])))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _results(run: Path) -> dict[str, dict[str, float]]:
+    evaluations = sorted((run / EVALUATION).glob("*/metrics.json"))
+    path = evaluations[-1] if evaluations else run / RESULTS_NAME
+    try:
+        results: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: no results of a finished run: {error}") from None
+    return results
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
