@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,18 @@ def damage(manifest: Manifest, old: bytes, new: bytes) -> None:
 def test_damaged_bytes_name_the_shard_and_the_group(copy: Manifest, old: bytes, new: bytes, message: str) -> None:
     damage(copy, old, new)
     with pytest.raises(DamageError, match=rf"shard-000000\.tar: group 0 at byte 0 .*{message}.*verify"):
+        ShardReader(copy).sample(0)
+
+
+def test_a_missing_member_is_not_taken_from_the_next_group(copy: Manifest) -> None:
+    path = copy.folder / copy.shards[0].name
+    with tarfile.open(path) as archive:
+        member = archive.getmember("g00000.features.npy")
+    member.name = "g00000.elsewhere.npy"
+    data = bytearray(path.read_bytes())
+    data[member.offset : member.offset + 512] = member.tobuf(tarfile.USTAR_FORMAT)
+    path.write_bytes(data)
+    with pytest.raises(DamageError, match=r"group 0 at byte 0 lacks 'features\.npy'"):
         ShardReader(copy).sample(0)
 
 

@@ -1,0 +1,29 @@
+"""Stand-in objectives: the data side only, and targets that tell what `prepare` was given."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from villa_ds.batch import Example, Reads, Sample
+from villa_ds.rng import Stream
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The pair as it is, or the text with its negative. Targets: the stream's first word, and whether it matched."""
+
+    name: str
+    negative_probability: float = 0.0
+    reads: Reads = Reads.POOLED
+
+    def prepare(self, sample: Sample, stream: Stream) -> Example:
+        regions = sample.regions if sample.negative is None else sample.negative
+        return Example(
+            id=sample.id,
+            input_ids=np.concatenate([[2], sample.word_pieces, [3]]).astype(np.int64),
+            token_types=np.zeros(len(sample.word_pieces) + 2, np.int64),
+            features=regions.features,
+            boxes=regions.boxes,
+            region_types=np.ones(len(regions), np.int64),
+            targets={"word": stream.words(1) >> np.uint64(1), "matched": np.array([sample.negative is None])},
+        )
