@@ -134,10 +134,8 @@ def damage_of(folder: Path) -> str | None:
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
-    except OSError as error:
-        return f"{MANIFEST} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} is torn ({error})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
     if RUN_STATE not in files:
         return f"{MANIFEST} does not list {RUN_STATE}"
     for name, (size, sha256) in files.items():

@@ -151,16 +151,19 @@ def cut_metrics(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             break  # torn by a kill in the middle of a write; nothing after it counts
         if row["step"] > last_step:
             break
-        kept.append(line + "\n")
+        kept.append(line + b"\n")
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    with temporary.open("wb") as file:
+        file.write(b"".join(kept))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -1,0 +1,115 @@
+"""The state of training by parameter: written in shares, read whole, refused where it does not fit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from tests.tiny import tiny_module
+from villa_ds.errors import CheckpointError
+from villa_ds.train.parameters import KINDS, ParameterFiles, tied_names, write_parameters
+
+
+def value_of(parameter: Parameter, kind: str) -> Tensor:
+    """Another number for every kind."""
+    return parameter.detach() * (1 + KINDS.index(kind))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_round_trip_over_any_number_of_ranks(tmp_path: Path, world: int) -> None:
+    module = tiny_module("mlm", "mrfr", dtype=torch.float32)
+    for rank in range(world):
+        write_parameters(tmp_path, module, value_of, updates=17, rank=rank, world=world)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"state-{rank:05d}-of-{world:05d}.safetensors" for rank in range(world)
+    ]
+    files = ParameterFiles(tmp_path)
+    assert files.updates == 17
+    expected = dict(module.named_parameters())
+    assert sorted(files.names) == sorted(expected)
+    for name, parameter in expected.items():
+        for kind in KINDS:
+            assert torch.equal(files.get(kind, name), value_of(parameter, kind)), (kind, name)
+    files.require_fit((name, tuple(parameter.shape)) for name, parameter in expected.items())
+
+
+def test_each_rank_writes_about_an_equal_number_of_parameters(tmp_path: Path) -> None:
+    module = tiny_module("mlm", dtype=torch.float32)
+    for rank in range(2):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        write_parameters(folder, module, value_of, updates=0, rank=rank, world=2)
+    shares = [set(ParameterFiles(tmp_path / str(rank)).names) for rank in range(2)]
+    assert shares[0] & shares[1] == set()
+    assert shares[0] | shares[1] == dict(module.named_parameters()).keys()
+    assert abs(len(shares[0]) - len(shares[1])) <= 1
+
+
+def test_all_ranks_ask_for_every_value_in_the_same_order(tmp_path: Path) -> None:
+    """Gathering a partitioned parameter is collective: a rank that asks for its own share only would hang the others."""
+    module = tiny_module("mlm", dtype=torch.float32)
+    asked: list[list[tuple[int, str]]] = [[], []]
+    for rank in range(2):
+
+        def get(parameter: Parameter, kind: str, rank: int = rank) -> Tensor:
+            asked[rank].append((id(parameter), kind))
+            return parameter.detach()
+
+        write_parameters(tmp_path, module, get, updates=0, rank=rank, world=2)
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == len(KINDS) * len(list(module.parameters()))
+
+
+def test_tied_parameters_are_stored_once_and_come_back_under_every_name(tmp_path: Path) -> None:
+    module = tiny_module("mlm", "mrfr", dtype=torch.float32)
+    state = module.state_dict()
+    tied = tied_names(module)
+    assert sorted(tied.values()) == [
+        "uniter.embeddings.word_embeddings.weight", "uniter.img_embeddings.img_linear.weight"
+    ]  # fmt: skip
+    write_parameters(tmp_path, module, value_of, updates=0, rank=0, world=1)
+    files = ParameterFiles(tmp_path)
+    assert not set(tied) & set(files.names)
+    restored = files.state_dict()
+    assert sorted(restored) == sorted(state)
+    for name, value in state.items():
+        assert torch.equal(restored[name], value), name
+
+
+def test_wide_values_stay_wide(tmp_path: Path) -> None:
+    module = nn.Linear(3, 2).double()
+    write_parameters(tmp_path, module, value_of, updates=0, rank=0, world=1)
+    assert ParameterFiles(tmp_path).get("weight", "bias").dtype == torch.float64
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        ParameterFiles(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: holds no state-*.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": None}, "parameter bias is not in this model: the checkpoint is of another model"),
+        ({"extra": (1,)}, "parameter extra is not in the checkpoint: the checkpoint is of another model"),
+        ({"weight": (2, 4)}, "parameter weight is [2, 3] in the checkpoint and [2, 4] in this model"),
+    ],
+)
+def test_another_model_is_refused(tmp_path: Path, change: dict[str, tuple[int, ...] | None], message: str) -> None:
+    write_parameters(tmp_path, nn.Linear(3, 2), value_of, updates=0, rank=0, world=1)
+    shapes: dict[str, tuple[int, ...] | None] = {"weight": (2, 3), "bias": (2,)}
+    wanted = {name: shape for name, shape in (shapes | change).items() if shape is not None}
+    with pytest.raises(CheckpointError) as caught:
+        ParameterFiles(tmp_path).require_fit(wanted.items())
+    assert str(caught.value) == message
+
+
+def test_a_missing_share_is_refused(tmp_path: Path) -> None:
+    """The manifest names a missing file first; this is the second line."""
+    module = nn.Linear(3, 2)
+    write_parameters(tmp_path, module, value_of, updates=0, rank=1, world=2)
+    with pytest.raises(CheckpointError, match="parameter weight is not in the checkpoint"):
+        ParameterFiles(tmp_path).require_fit([("weight", (2, 3)), ("bias", (2,))])
