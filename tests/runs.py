@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
@@ -83,7 +84,12 @@ def final_state(directory: Path) -> dict[str, Tensor]:
 def differing(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
     """Names whose tensors are not the same bit for bit."""
     assert left.keys() == right.keys()
-    return [name for name, value in left.items() if value.numpy().tobytes() != right[name].numpy().tobytes()]
+    return [name for name, value in left.items() if bits(value) != bits(right[name])]
+
+
+def bits(tensor: Tensor) -> tuple[str, bytes]:
+    """Type and content; equal for equal NaNs, and 0.0 is not -0.0."""
+    return str(tensor.dtype), tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def assert_same_run(directory: Path, reference: Path) -> None:

@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_named_skipped_and_the_one_before_used(
     (message,) = caplog.messages
     assert message.startswith(f"checkpoint {newest} is damaged and skipped: {problem}")
     if (newest / "manifest.json").exists():
-        with pytest.raises(CheckpointError, match="damaged: .*; name an earlier checkpoint") as caught:
+        with pytest.raises(CheckpointError, match=r"damaged: .*; name an earlier checkpoint") as caught:
             resolve_checkpoint(newest)
         assert str(caught.value).startswith(f"{newest}: damaged: {problem}")
     assert resolve_checkpoint(two.directory.parent) == two.directory / "step-00000010"
@@ -272,7 +272,9 @@ class Killed(BaseException):
 
 def test_a_kill_at_any_system_call_leaves_a_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The n-th flush, rename or removal of a save does not happen and nothing after it, for every n."""
-    calls = {(module, name): getattr(module, name) for module, name in ((os, "fsync"), (os, "replace"), (shutil, "rmtree"))}
+    calls = {
+        (module, name): getattr(module, name) for module, name in ((os, "fsync"), (os, "replace"), (shutil, "rmtree"))
+    }
     outcomes = []
     for last in range(100):
         run = tmp_path / str(last)

@@ -26,7 +26,9 @@ def same(values: Tensor) -> Tensor:
     return values
 
 
-def open_log(directory: Path, start: int = 0, total: int = 20, every: int = 3, rank: int = 0, **options: Any) -> MetricsLog:
+def open_log(
+    directory: Path, start: int = 0, total: int = 20, every: int = 3, rank: int = 0, **options: Any
+) -> MetricsLog:
     settings = {"tensorboard": False, "reduce": same} | options
     return MetricsLog(directory, start_step=start, total_steps=total, every=every, rank=rank, **settings)
 

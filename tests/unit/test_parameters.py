@@ -48,7 +48,7 @@ def test_each_rank_writes_about_an_equal_number_of_parameters(tmp_path: Path) ->
 
 
 def test_all_ranks_ask_for_every_value_in_the_same_order(tmp_path: Path) -> None:
-    """Gathering a partitioned parameter is collective: a rank that asks for its own share only would hang the others."""
+    """Gathering a partitioned parameter is collective: a rank that asks for its own share only would hang."""
     module = tiny_module("mlm", dtype=torch.float32)
     asked: list[list[tuple[int, str]]] = [[], []]
     for rank in range(2):

@@ -82,7 +82,9 @@ def test_the_same_recipe_goes_on_and_the_log_grows(run: Path) -> None:
         ({"objectives__itm": {"ot_weight": 0.0}}, "objectives.itm.ot_weight: 0.1 -> 0.0"),
     ],
 )
-def test_another_recipe_is_refused_with_the_dotted_difference(run: Path, change: dict[str, Any], difference: str) -> None:
+def test_another_recipe_is_refused_with_the_dotted_difference(
+    run: Path, change: dict[str, Any], difference: str
+) -> None:
     before = content(run)
     with pytest.raises(CheckpointError) as caught:
         open_run_directory(recipe_in(run, **change), rank=0)
@@ -183,7 +185,7 @@ def test_a_start_killed_while_it_wrote_the_recipe_does_not_matter(tmp_path: Path
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write the run directory: (Not a directory|File exists)"):
+    with pytest.raises(CheckpointError, match=r"cannot write the run directory: (Not a directory|File exists)"):
         open_run_directory(recipe_in(tmp_path / "file" / "run"), rank=0)
 
 
