@@ -1,6 +1,7 @@
 """Stand-in objectives: the data side only, and targets that tell what `prepare` was given."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -27,3 +28,15 @@ class Plain:
             region_types=np.ones(len(regions), np.int64),
             targets={"word": stream.words(1) >> np.uint64(1), "matched": np.array([sample.negative is None])},
         )
+
+
+@dataclass(frozen=True)
+class Failing(Plain):
+    """As `Plain`, but with a bug from the moment on that the file `marker` is there."""
+
+    marker: str = ""
+
+    def prepare(self, sample: Sample, stream: Stream) -> Example:
+        if Path(self.marker).exists():
+            raise ZeroDivisionError
+        return super().prepare(sample, stream)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tests.preparers import Plain
 from tests.shards import make_shards
 from villa_ds.config import DataConfig
-from villa_ds.data.lanes import BatchPlan
+from villa_ds.data.lanes import BatchPlan, draw_task
 from villa_ds.data.loader import EVALUATION_NAME, EVALUATION_SEED, EvaluationLoader, Loader, StepBatches
 from villa_ds.data.manifest import Manifest, load_manifest
 from villa_ds.errors import CheckpointError, ConfigError, DamageError
@@ -103,6 +103,7 @@ def test_every_pair_comes_once_an_epoch_whatever_objectives_are_drawn(sets: Sets
     objectives = set()
     for step in make_loader(sets, lanes=4, steps=60):
         objectives.add((step.data, step.objective))
+        assert step.task == draw_task(7, step.step, [1.0, 2.0, 1.0])
         assert len(step.batches) == 4
         for batch, micro in zip(step.batches, step.micro_batches, strict=True):
             assert batch.ids == micro.ids
@@ -221,38 +222,49 @@ def test_the_loader_says_what_the_plan_makes_of_each_set(sets: Sets) -> None:
 SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
+from tests.preparers import Failing
 from tests.unit.test_loader import make_loader
 from villa_ds.data.manifest import load_manifest
-root = Path(sys.argv[1])
+root, how, marker = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 sets = {name: load_manifest(root / name) for name in ("large", "tiny")}
-steps = iter(make_loader(sets, steps=40, workers=2))
+steps = iter(make_loader(sets, steps=400, workers=2, tasks=[("large", Failing("failing", marker=marker), 1.0)]))
 next(steps)
 children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-print(len(children), flush=True)
-for child in children:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        os.kill(int(child), number)
+notices = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+pid = os.fork()  # a process that is not the trainer
+if pid == 0:
+    for child in children:
+        for number in notices:
+            os.kill(int(child), number)
+    os._exit(0)
+os.waitpid(pid, 0)
 for _ in range(30):
     step = next(steps)
-print(step.step, flush=True)
+print(len(children), step.step, flush=True)
+if how == "crash":
+    Path(marker).touch()
+    list(steps)
 sys.exit(75)  # with the loader processes still running
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the children of a process from Linux' /proc")
-def test_loader_processes_outlive_a_schedulers_notice_and_end_with_the_trainer(sets: Sets) -> None:
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="tells who sent a signal by sigwaitinfo, as on Linux")
+@pytest.mark.parametrize(("how", "status", "error"), [("exit", 75, ""), ("crash", 1, "ZeroDivisionError")])
+def test_loader_processes_outlive_a_schedulers_notice_and_end_with_the_trainer(
+    sets: Sets, tmp_path: Path, how: str, status: int, error: str
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SIGNALLED, str(sets["large"].folder.parent)],
+        [sys.executable, "-c", SIGNALLED, str(sets["large"].folder.parent), how, str(tmp_path / "crash")],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONPATH": "."},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=60,  # it would wait for its loader processes for ever
         check=False,
     )
-    assert (done.returncode, done.stdout.split()) == (75, ["2", "31"]), done.stderr
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert (done.returncode, done.stdout.split()) == (status, ["2", "31"]), done.stderr
+    assert error in done.stderr
 
 
 def evaluate(manifest: Manifest, objective: Plain, world: int, limit: int | None = None, **changes: Any) -> list[Any]:

@@ -1,8 +1,9 @@
 """Delivery: planned micro-batches become batches, in loader processes or in this one, with the same result."""
 
-import atexit
+import multiprocessing
+import os
 import signal
-import weakref
+import threading
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,11 +17,6 @@ from villa_ds.data.line import IntArray
 from villa_ds.data.reader import ShardReader
 from villa_ds.errors import VillaError
 from villa_ds.rng import Stream
-
-# A scheduler sends its notice to every process of a job. It is meant for the trainer, which then finishes its step and
-# saves, and needs its loader processes for that; they end when the trainer stops them or is gone.
-IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_RUNNING: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
 
 class Preparer(Protocol):
@@ -90,14 +86,6 @@ def deliver(
     `workers` processes (0: none) are up to `prefetch` requests ahead each; they end with the iterator. `pin_memory`
     puts batches into page-locked memory. Raises the `VillaError` of a request when its batch would be due.
     """
-    running = _deliver(maker, requests, workers, prefetch, pin_memory)
-    _RUNNING.add(running)
-    return running
-
-
-def _deliver(
-    maker: BatchMaker, requests: Iterable[Request], workers: int, prefetch: int, pin_memory: bool
-) -> Generator[Batch, None, None]:
     batches = DataLoader(
         maker,
         batch_size=None,
@@ -106,7 +94,7 @@ def _deliver(
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         prefetch_factor=prefetch if workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_heed_the_trainer_only,
         generator=torch.Generator(),  # else torch draws its workers' seed from the generator that dropout uses
     )
     for made in batches:
@@ -119,17 +107,21 @@ def _as_it_is(made: Any) -> Any:
     return made
 
 
-@atexit.register
-def _close_all() -> None:
-    """Stop the loader processes of iterators that nobody finished.
+def _heed_the_trainer_only(_: int) -> None:
+    """Let a loader process outlive a scheduler's notice, which goes to every process of a job.
 
-    Registered after torch's and multiprocessing's own exit functions, so it runs before them: the latter would send
-    SIGTERM to the processes, which ignore it, and wait for them for ever.
+    The notice is meant for the trainer, which finishes its step and saves, and needs its loader processes for that.
     """
-    for running in list(_RUNNING):
-        running.close()
-
-
-def _ignore_signals(_: int) -> None:
-    for number in IGNORED_SIGNALS:
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    if trainer is not None and hasattr(signal, "sigwaitinfo"):  # macOS lacks it: torch's own handler stays
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_at_its_word, args=(trainer.pid,), daemon=True).start()
+
+
+def _end_at_its_word(trainer: int) -> None:
+    """End this process once `trainer` itself sends SIGTERM, as multiprocessing does to children left at its exit."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
