@@ -35,7 +35,7 @@ def tiny_recipe(root: Path, output: Path, **changes: Any) -> dict[str, Any]:
     recipe: dict[str, Any] = {
         "name": "tiny",
         "output": str(output),
-        "seed": 3,
+        "seed": 10,  # every objective in both phases, an epoch that ends with step 9
         "model": MODEL,
         "data": {
             "root": str(root), "sets": {"demo": "train"}, "validation": {"demo": "held-out"}, "tokens": 128,

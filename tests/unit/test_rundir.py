@@ -69,7 +69,7 @@ def test_the_same_recipe_goes_on_and_the_log_grows(run: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        ({"seed": 4}, "seed: 3 -> 4"),
+        ({"seed": 4}, "seed: 10 -> 4"),
         ({"model__hidden_size": 32}, "model.hidden_size: 16 -> 32"),
         ({"data__lanes": 4}, "data.lanes: 2 -> 4"),
         ({"data__tokens": 256}, "data.tokens: 128 -> 256"),
@@ -96,7 +96,7 @@ def test_another_recipe_is_refused_with_the_dotted_difference(
 
 
 def test_all_differences_are_shown_at_once(run: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"\(data\.lanes: 2 -> 4; seed: 3 -> 4\)"):
+    with pytest.raises(CheckpointError, match=r"\(data\.lanes: 2 -> 4; seed: 10 -> 4\)"):
         open_run_directory(recipe_in(run, seed=4, data__lanes=4), rank=0)
 
 
@@ -109,7 +109,7 @@ def test_another_number_of_phases_or_tasks_is_shown_whole(run: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"data__root": "moved"}, {"data__workers": 3}, {"data__prefetch": 9}, {"engine__name": "deepspeed"},
+        {"data__root": "moved"}, {"data__validation": {}}, {"data__workers": 3}, {"data__prefetch": 9}, {"engine__name": "deepspeed"},
         {"validation": {"every": 2, "micro_batches": 1}}, {"checkpoints": {"every": 1, "keep_last": 9}},
         {"log__every": 1}, {"log_sample_ids": True}, {"model__fused_layer_norm": False},
         {"model__activation_checkpointing": True},
@@ -123,7 +123,7 @@ def test_where_and_how_it_runs_may_change(run: Path, change: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("allowed", ["optimizer", "optimizer.learning_rate"])
 def test_what_is_named_may_change_and_nothing_else(run: Path, allowed: str) -> None:
-    with pytest.raises(CheckpointError, match=r"\(seed: 3 -> 4\)"):
+    with pytest.raises(CheckpointError, match=r"\(seed: 10 -> 4\)"):
         open_run_directory(recipe_in(run, seed=4, optimizer__learning_rate=0.02), rank=0, allow_change=[allowed])
     open_run_directory(recipe_in(run, optimizer__learning_rate=0.02), rank=0, allow_change=[allowed])
     with pytest.raises(CheckpointError, match=r"learning_rate: 0\.02 -> 0\.01"):

@@ -26,6 +26,7 @@ RECIPE_NAME, LOG_NAME, RESULTS_NAME = "config.yaml", "log.txt", "results.json"
 FREE_KEYS = (
     "output",
     "data.root",
+    "data.validation",
     "data.workers",
     "data.prefetch",
     "engine",
