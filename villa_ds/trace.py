@@ -1,14 +1,11 @@
 """`villa-ds trace`: what the real loaders of a given number of ranks and workers deliver."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
-
-from villa_ds.batch import Batch
 from villa_ds.config import Recipe
+from villa_ds.data.digest import digest
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import Loader
 from villa_ds.train.session import open_data
@@ -39,15 +36,3 @@ def trace(recipe: Recipe, steps: int, world: int, workers: int) -> Iterator[dict
                     "ids": list(batch.ids),
                     "digest": digest(batch),
                 }
-
-
-def digest(batch: Batch) -> str:
-    """sha256 over name, type, shape and bytes of every tensor of a batch: fields in order, then targets by name."""
-    tensors = {item.name: getattr(batch, item.name) for item in dataclasses.fields(batch)}
-    tensors |= {f"targets.{name}": batch.targets[name] for name in sorted(batch.targets)}
-    state = hashlib.sha256()
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor):
-            state.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            state.update(tensor.contiguous().numpy().tobytes())
-    return state.hexdigest()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,12 +22,12 @@ from hypothesis import strategies as st
 from tests.preparers import Plain
 from tests.shards import make_shards
 from villa_ds.config import DataConfig
+from villa_ds.data.digest import digest
 from villa_ds.data.lanes import BatchPlan, draw_task
 from villa_ds.data.loader import EVALUATION_NAME, EVALUATION_SEED, EvaluationLoader, Loader, StepBatches
 from villa_ds.data.manifest import Manifest, load_manifest
 from villa_ds.errors import CheckpointError, ConfigError, DamageError
 from villa_ds.rng import Stream
-from villa_ds.trace import digest
 
 Sets = dict[str, Manifest]
 TASKS = [("large", Plain("plain"), 1.0), ("large", Plain("match", 0.5), 2.0), ("tiny", Plain("plain"), 1.0)]
@@ -95,6 +96,16 @@ def test_loader_processes_change_nothing(sets: Sets, reference: list[Seen], work
     loaders = [make_loader(sets, world=world, rank=rank, workers=workers, prefetch=3) for rank in range(world)]
     assert run(loaders) == reference
     assert torch.equal(torch.random.get_rng_state(), random_state)
+
+
+def test_a_step_may_hold_more_tensors_than_the_usual_limit_of_open_files(sets: Sets) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        steps = [seen(step) for step in make_loader(sets, workers=1, lanes=48, steps=2)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert steps == [seen(step) for step in make_loader(sets, lanes=48, steps=2)]
 
 
 def test_every_pair_comes_once_an_epoch_whatever_objectives_are_drawn(sets: Sets) -> None:

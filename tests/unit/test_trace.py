@@ -10,12 +10,13 @@ import torch
 
 from tests.shards import make_shards
 from villa_ds.config import DataConfig, ModelConfig, ObjectivesConfig, PhaseConfig, Recipe, TaskConfig
+from villa_ds.data.digest import digest
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import Loader
 from villa_ds.data.manifest import load_manifest
 from villa_ds.errors import ConfigError
 from villa_ds.objectives.base import build_objective
-from villa_ds.trace import digest, trace
+from villa_ds.trace import trace
 
 OBJECTIVES = ("mlm", "itm", "mrfr", "vqa")
 

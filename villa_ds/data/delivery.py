@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 from collections.abc import Generator, Iterable, Sequence
@@ -17,6 +18,8 @@ from villa_ds.data.line import IntArray
 from villa_ds.data.reader import ShardReader
 from villa_ds.errors import VillaError
 from villa_ds.rng import Stream
+
+OPEN_FILES = 1 << 16  # a step of 1000 micro-batches a rank, with what is loaded ahead, needs a fifth of it
 
 
 class Preparer(Protocol):
@@ -86,6 +89,8 @@ def deliver(
     `workers` processes (0: none) are up to `prefetch` requests ahead each; they end with the iterator. `pin_memory`
     puts batches into page-locked memory. Raises the `VillaError` of a request when its batch would be due.
     """
+    if workers:
+        _allow_many_files()
     batches = DataLoader(
         maker,
         batch_size=None,
@@ -101,6 +106,14 @@ def deliver(
         if isinstance(made, VillaError):
             raise made
         yield made
+
+
+def _allow_many_files() -> None:
+    """Raise the soft limit of open files: every tensor that came from a loader process holds one while it lives."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _as_it_is(made: Any) -> Any:
