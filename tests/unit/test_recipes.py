@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from villa_ds.data.lanes import draw_task
 from villa_ds.models.layers import initialize
 from villa_ds.models.presets import resolve_sizes
 from villa_ds.models.uniter import TextEmbeddings
+from villa_ds.resources import find_recipe
 from villa_ds.train.engine import read_ds_config
 from villa_ds.train.loop import train
 
@@ -221,3 +224,15 @@ def test_what_rounding_leaves_of_a_perturbation(
     rounded = (perturbed.to(dtype).float() - clean.to(dtype).float()).flatten(1)
     assert torch.cosine_similarity(rounded, exact).mean().item() == pytest.approx(cosine, abs=0.02)
     assert (rounded.norm() / exact.norm()).item() == pytest.approx(ratio, abs=0.1)
+
+
+def test_documented_commands_and_the_least_recipe_load(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    villa-ds train (.*)$", text.replace("\\\n", " "), flags=re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        name, *overrides = shlex.split(command, comments=True)
+        load_recipe(find_recipe(name), overrides)
+    least = tmp_path / "mine.yaml"
+    least.write_text(text.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    assert load_recipe(least).total_steps == 1000
