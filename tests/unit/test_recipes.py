@@ -199,7 +199,7 @@ def test_villa_is_uniter_with_a_last_adversarial_phase(size: str, adversarial: i
 @pytest.mark.parametrize(
     ("step_size", "dtype", "cosine", "ratio"),
     [
-        (1e-3, torch.bfloat16, 0.27, 3.8),
+        (1e-3, torch.bfloat16, 0.27, 3.7),
         (1e-3, torch.float16, 0.71, 1.4),
         (2e-3, torch.bfloat16, 0.38, 2.7),
         (2e-3, torch.float16, 0.87, 1.1),
@@ -211,19 +211,20 @@ def test_what_rounding_leaves_of_a_perturbation(
     step_size: float, dtype: torch.dtype, cosine: float, ratio: float
 ) -> None:
     """The table in docs/recipes.md: the change of UNITER-base's text embedding, rounded, against the exact one."""
-    generator = torch.Generator().manual_seed(0)
-    embeddings = TextEmbeddings(resolve_sizes(ModelConfig(preset="uniter-base"), 1000, 2048)).eval()
-    initialize(embeddings, 0.02)
-    pieces = torch.randint(5, 1000, (32, 16), generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        embeddings = TextEmbeddings(resolve_sizes(ModelConfig(preset="uniter-base"), 1000, 2048)).eval()
+        initialize(embeddings, 0.02)
+        pieces = torch.randint(5, 1000, (64, 16))
+        direction = torch.randn(64, 16, embeddings.word_embeddings.embedding_dim)
     words, types = embeddings.word_embeddings(pieces), embeddings.token_type_embeddings(torch.zeros_like(pieces))
-    direction = torch.randn(words.shape, generator=generator)
     perturbation = step_size * direction / direction.flatten(1).norm(dim=1)[:, None, None]
     with torch.no_grad():
         clean, perturbed = embeddings(words, types), embeddings(words + perturbation, types)
     exact = (perturbed - clean).flatten(1)
     rounded = (perturbed.to(dtype).float() - clean.to(dtype).float()).flatten(1)
     assert torch.cosine_similarity(rounded, exact).mean().item() == pytest.approx(cosine, abs=0.02)
-    assert (rounded.norm() / exact.norm()).item() == pytest.approx(ratio, abs=0.1)
+    assert (rounded.norm() / exact.norm()).item() == pytest.approx(ratio, rel=0.05)
 
 
 def test_documented_commands_and_the_least_recipe_load(tmp_path: Path) -> None:
