@@ -255,12 +255,41 @@ class ValidationConfig:
 class CheckpointsConfig:
     """When the state is saved and how much of it is kept."""
 
-    every: int = 1000  # optimizer steps; the end of the run always saves
+    every: int = 1000  # optimizer steps; the end of the run and a request to stop always save
+    minutes: float = 0.0  # save also when this much time has passed since the last; 0: by steps only
     keep_last: int = 2
+    keep_every: int = 0  # keep those whose step is a multiple of this for good; 0: none
+    asynchronous: bool = False  # write in the background while training goes on
+    on_error: Literal["stop", "continue"] = (
+        "stop"  # when one cannot be written (disk full): the older ones stay either way
+    )
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "every", self.every, "give 1 or more")
         require(self.keep_last >= 1, "keep_last", self.keep_last, "give 1 or more")
+        require(self.keep_every >= 0, "keep_every", self.keep_every, "give 0 (none) or more")
+        require(self.minutes >= 0, "minutes", self.minutes, "give 0 (by steps only) or more")
+
+
+@dataclass(frozen=True)
+class StabilityConfig:
+    """What follows when a step's loss is not finite or jumps (docs/reliability.md)."""
+
+    nonfinite: Literal["stop", "skip", "roll_back"] = "stop"  # a loss or gradient that is not finite
+    spike: Literal["stop", "skip", "roll_back"] = "roll_back"  # a loss above spike_factor x the usual
+    spike_factor: float = 0.0  # 0: jumps are not looked for
+    spike_window: int = 50  # steps of the same objective whose median is the usual loss
+    max_events: int = 10  # steps skipped or rolled back before the run stops
+
+    def __post_init__(self) -> None:
+        require(self.spike_factor == 0 or self.spike_factor > 1, "spike_factor", self.spike_factor, "give 0 or above 1")
+        require(self.spike_window >= 1, "spike_window", self.spike_window, "give 1 or more")
+        require(self.max_events >= 0, "max_events", self.max_events, "give 0 or more")
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether a checkpoint may be gone back to."""
+        return self.nonfinite == "roll_back" or (self.spike_factor > 0 and self.spike == "roll_back")
 
 
 @dataclass(frozen=True)
@@ -291,6 +320,7 @@ class Recipe:
     engine: EngineConfig = EngineConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    stability: StabilityConfig = StabilityConfig()
     log: LogConfig = LogConfig()
     log_sample_ids: bool = False  # write the ids of every step's samples to metrics.jsonl
 

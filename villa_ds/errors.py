@@ -34,6 +34,12 @@ class CheckpointError(VillaError):
     """A checkpoint or run directory does not fit the run; names the difference."""
 
 
+class PreemptedError(VillaError):
+    """The run was asked to stop and has saved: start it again to go on."""
+
+    exit_code = EXIT_PREEMPTED
+
+
 class NonFiniteError(VillaError):
     """A loss or gradient is not finite; raised before the update, names step and objective."""
 

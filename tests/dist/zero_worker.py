@@ -57,7 +57,7 @@ def main() -> None:
             adversarial_step(engine, work, Adversary(adversary), strength=1.0)
         norms.append(engine.update(1e-3))
     Path(out).mkdir(parents=True, exist_ok=True)
-    engine.save(Path(out))
+    engine.snapshot()(Path(out))
     print(json.dumps(norms))
 
 

@@ -66,7 +66,9 @@ class Expectations:
             array = self._arrays[name]
             assert list(array.shape) == entry["shape"], f"{name}: shape differs from case.json"
             if "max_abs" in entry and array.size:
-                np.testing.assert_allclose(np.abs(array).max(), entry["max_abs"], rtol=1e-12, err_msg=f"{name}: max_abs")
+                np.testing.assert_allclose(
+                    np.abs(array).max(), entry["max_abs"], rtol=1e-12, err_msg=f"{name}: max_abs"
+                )
 
     def names(self, prefix: str = "") -> Iterator[str]:
         """Names that start with `prefix`, in stored order."""

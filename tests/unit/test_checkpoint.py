@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from villa_ds.config import CheckpointsConfig
 from villa_ds.errors import CheckpointError
 from villa_ds.train.checkpoint import CheckpointStore, damage_of, is_checkpoint, read_state, resolve_checkpoint
 
@@ -37,7 +38,7 @@ class ThreadRank:
 
 
 def store_in(run: Path, keep_last: int = 3) -> CheckpointStore:
-    return CheckpointStore(run, keep_last, OneRank())
+    return CheckpointStore(run, CheckpointsConfig(keep_last=keep_last), OneRank())
 
 
 def writer(content: bytes) -> Callable[[Path], None]:
@@ -48,7 +49,8 @@ def writer(content: bytes) -> Callable[[Path], None]:
 
 
 def save(store: CheckpointStore, step: int) -> Path:
-    return store.save(step, writer(f"weights {step}".encode() * 10), {"step": step, "position": {}})
+    store.save(step, writer(f"weights {step}".encode() * 10), {"step": step, "position": {}})
+    return store.directory / f"step-{step:08d}"
 
 
 def names(folder: Path) -> list[str]:
@@ -68,15 +70,16 @@ def test_layout(tmp_path: Path) -> None:
     folder = save(store_in(tmp_path), 10)
     assert folder == tmp_path / "checkpoints" / "step-00000010"
     assert names(tmp_path / "checkpoints") == [
-        "latest", "step-00000010", "step-00000010/manifest.json", "step-00000010/run.json", "step-00000010/weights.bin",
+        "latest", "step-00000010", "step-00000010/manifest.json", "step-00000010/rank-00000",
+        "step-00000010/rank-00000/weights.bin", "step-00000010/run.json",
     ]  # fmt: skip
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000010\n"
     assert read_state(folder) == {"step": 10, "position": {}}
     content = b"weights 10" * 10
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["step"] == 10
-    assert sorted(manifest["files"]) == ["run.json", "weights.bin"]
-    assert manifest["files"]["weights.bin"] == {"bytes": 100, "sha256": hashlib.sha256(content).hexdigest()}
+    assert sorted(manifest["files"]) == ["rank-00000/weights.bin", "run.json"]
+    assert manifest["files"]["rank-00000/weights.bin"] == {"bytes": 100, "sha256": hashlib.sha256(content).hexdigest()}
     assert damage_of(folder) is None
 
 
@@ -90,19 +93,21 @@ def test_nothing_counts_before_every_rank_has_written(tmp_path: Path) -> None:
         def write(folder: Path) -> None:
             if number == 1:
                 threading.Event().wait(0.2)
-                seen.append((names(folder), (tmp_path / "checkpoints" / "latest").read_text()))
+                seen.append((names(folder.parent), (tmp_path / "checkpoints" / "latest").read_text()))
             (folder / f"rank{number}.bin").write_bytes(bytes([number]))
 
-        CheckpointStore(tmp_path, 2, ThreadRank(number, barrier, values)).save(20, write, {"step": 20})
+        CheckpointStore(tmp_path, CheckpointsConfig(keep_last=2), ThreadRank(number, barrier, values)).save(
+            20, write, {"step": 20}
+        )
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert seen == [(["rank0.bin"], "step-00000010\n")]
+    assert seen == [(["rank-00000", "rank-00000/rank0.bin", "rank-00001", "run.json"], "step-00000010\n")]
     manifest = json.loads((tmp_path / "checkpoints" / "step-00000020" / "manifest.json").read_text())
-    assert sorted(manifest["files"]) == ["rank0.bin", "rank1.bin", "run.json"]
+    assert sorted(manifest["files"]) == ["rank-00000/rank0.bin", "rank-00001/rank1.bin", "run.json"]
 
 
 def test_ranks_agree_on_rank_0s_answer(tmp_path: Path) -> None:
@@ -110,7 +115,9 @@ def test_ranks_agree_on_rank_0s_answer(tmp_path: Path) -> None:
     barrier, values, found = threading.Barrier(2), [None, None], {}
 
     def rank(number: int, run: Path) -> None:
-        found[number] = CheckpointStore(run, 2, ThreadRank(number, barrier, values)).newest_good()
+        found[number] = CheckpointStore(
+            run, CheckpointsConfig(keep_last=2), ThreadRank(number, barrier, values)
+        ).newest_good()
 
     # Rank 1 sees nothing, as on a file system that lags behind.
     threads = [threading.Thread(target=rank, args=item) for item in ((0, tmp_path), (1, tmp_path / "other"))]
@@ -134,26 +141,26 @@ def test_retention(tmp_path: Path, keep_last: int, kept: list[int]) -> None:
 def test_a_damaged_newer_checkpoint_is_not_kept_instead_of_the_one_just_saved(tmp_path: Path) -> None:
     store = store_in(tmp_path, keep_last=1)
     save(store, 20)
-    (store.directory / "step-00000020" / "weights.bin").write_bytes(b"")
+    (store.directory / "step-00000020" / "rank-00000" / "weights.bin").write_bytes(b"")
     save(store, 15)
     assert store.newest_good() == store.directory / "step-00000015"
     assert sorted(path.name for path in store.directory.iterdir()) == ["latest", "step-00000015"]
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(two: CheckpointStore) -> None:
-    (two.directory / "step-00000020" / "weights.bin").unlink()
+    (two.directory / "step-00000020" / "rank-00000" / "weights.bin").unlink()
     save(two, 20)
     assert damage_of(two.directory / "step-00000020") is None
 
 
 def truncate(folder: Path) -> None:
-    os.truncate(folder / "weights.bin", 99)
+    os.truncate(folder / "rank-00000" / "weights.bin", 99)
 
 
 def flip(folder: Path) -> None:
-    content = bytearray((folder / "weights.bin").read_bytes())
+    content = bytearray((folder / "rank-00000" / "weights.bin").read_bytes())
     content[57] ^= 1
-    (folder / "weights.bin").write_bytes(content)
+    (folder / "rank-00000" / "weights.bin").write_bytes(content)
 
 
 def flip_state(folder: Path) -> None:
@@ -162,7 +169,7 @@ def flip_state(folder: Path) -> None:
 
 
 def lose(folder: Path) -> None:
-    (folder / "weights.bin").unlink()
+    (folder / "rank-00000" / "weights.bin").unlink()
 
 
 def tear_manifest(folder: Path) -> None:
@@ -190,10 +197,10 @@ def flip_manifest(folder: Path) -> None:
 
 
 DAMAGE = {
-    "truncated": (truncate, "weights.bin has 99 bytes instead of 100"),
-    "bit-flipped": (flip, "weights.bin does not have the recorded sha256"),
+    "truncated": (truncate, "rank-00000/weights.bin has 99 bytes instead of 100"),
+    "bit-flipped": (flip, "rank-00000/weights.bin does not have the recorded sha256"),
     "run state changed": (flip_state, "run.json does not have the recorded sha256"),
-    "missing": (lose, "weights.bin is missing"),
+    "missing": (lose, "rank-00000/weights.bin is missing"),
     "torn manifest": (tear_manifest, "manifest.json cannot be read"),
     "empty manifest": (empty_manifest, "manifest.json cannot be read"),
     "no manifest": (lose_manifest, "manifest.json cannot be read"),
@@ -255,7 +262,7 @@ def test_an_error_while_writing_leaves_the_previous_checkpoint_in_place(two: Che
         (folder / "weights.bin").write_bytes(b"half")
         raise OSError("the disk is full")
 
-    with pytest.raises(OSError, match="the disk is full"):
+    with pytest.raises(CheckpointError, match=r"rank 0: the disk is full.*older ones are untouched"):
         two.save(30, write, {"step": 30})
     assert not (two.directory / "step-00000030").exists()
     assert (two.directory / "latest").read_text() == "step-00000020\n"
@@ -303,7 +310,7 @@ def test_a_kill_at_any_system_call_leaves_a_good_checkpoint(tmp_path: Path, monk
         assert good is not None
         assert resolve_checkpoint(run) == good
         state = read_state(good)["step"]
-        assert (good / "weights.bin").read_bytes() == f"weights {state}".encode() * 10
+        assert (good / "rank-00000" / "weights.bin").read_bytes() == f"weights {state}".encode() * 10
         outcomes.append(state)
         save(store, 20)  # the restarted run gets there, whatever was left behind
         assert sorted(path.name for path in store.directory.iterdir()) == ["latest", "step-00000020"]

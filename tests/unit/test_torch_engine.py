@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_raises_too() -> None:
 def test_save_and_load_continue_bit_for_bit(tmp_path: Path, name: str, precision: str) -> None:
     straight = engine_of(name=name, precision=precision)
     take_steps(straight, 1, 4)
-    straight.save(tmp_path)
+    straight.snapshot()(tmp_path)
     other = engine_of(name=name, precision=precision, seed=9)
     take_steps(other, 1, 1)  # an optimizer state of its own, to be replaced
     assert not equal(weights(other), weights(straight))
@@ -142,7 +142,7 @@ def test_save_and_load_continue_bit_for_bit(tmp_path: Path, name: str, precision
     assert equal(weights(other), weights(straight))
     again = tmp_path / "again"
     again.mkdir()
-    other.save(again)
+    other.snapshot()(again)
     assert differing(stored(again), stored(tmp_path)) == []
     take_steps(straight, 5, 8)
     take_steps(other, 5, 8)
@@ -151,7 +151,7 @@ def test_save_and_load_continue_bit_for_bit(tmp_path: Path, name: str, precision
 
 def test_a_save_before_the_first_update_loads(tmp_path: Path) -> None:
     straight = engine_of()
-    straight.save(tmp_path)
+    straight.snapshot()(tmp_path)
     other = engine_of(seed=9)
     other.load(tmp_path)
     for engine in (straight, other):
@@ -160,7 +160,9 @@ def test_a_save_before_the_first_update_loads(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_changes_nothing(tmp_path: Path) -> None:
-    TorchEngine(tiny_module("mlm", dtype=torch.float32), EngineConfig(device="cpu"), OptimizerConfig()).save(tmp_path)
+    TorchEngine(tiny_module("mlm", dtype=torch.float32), EngineConfig(device="cpu"), OptimizerConfig()).snapshot()(
+        tmp_path
+    )
     engine = engine_of()
     before = weights(engine)
     with pytest.raises(CheckpointError, match=r"parameter feat_regress.* is not in the checkpoint"):

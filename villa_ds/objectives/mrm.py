@@ -21,7 +21,7 @@ from villa_ds.data.manifest import Manifest, Vocabulary
 from villa_ds.errors import ConfigError, DataError
 from villa_ds.models.backbone import Backbone
 from villa_ds.models.layers import initialize, make_layer_norm
-from villa_ds.objectives.base import Objective, Sums, register
+from villa_ds.objectives.base import Objective, Sums, register, symmetric_kl
 from villa_ds.objectives.inputs import plain_example
 from villa_ds.objectives.reductions import total, widen
 from villa_ds.rng import Stream
@@ -209,6 +209,10 @@ class MaskedRegionDistribution(_RegionClassification):
         target = batch.targets["regions"].to(log_probabilities.dtype)
         elements = F.kl_div(log_probabilities, target, reduction="none")
         return LossOutput(elements.mean(), logits, elements, {"loss": total(elements)})
+
+    def divergence(self, logits: Tensor, other: Tensor) -> Tensor:
+        """Symmetric KL as the loss counts it: mean over regions x classes, or it would outweigh the loss by C."""
+        return symmetric_kl(logits, other) / self.classes
 
     def metrics(self, output: LossOutput, batch: Batch) -> Sums:
         """`accuracy` against the most probable class without background, and `kl` of a region (nats)."""

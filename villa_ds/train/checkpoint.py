@@ -1,9 +1,9 @@
 """Checkpoints that are complete or do not count.
 
-`checkpoints/step-00001000/` is written under a temporary name by all ranks, each file flushed to disk; rank 0 then
-writes `manifest.json` with every file's size and sha256, renames the folder, and last moves the pointer `latest`.
-Loading verifies every byte before use: a torn, truncated or changed checkpoint is named, skipped, and the one before it
-is used.
+`checkpoints/step-00001000/` is written under a temporary name by a thread of each rank, every file synced. When
+all are done rank 0 writes `manifest.json` with every file's size and sha256, renames the folder, and last moves the
+pointer `latest`. Loading verifies every byte before use: a torn, truncated or changed checkpoint is named, skipped, and
+the one before it is used.
 """
 
 import hashlib
@@ -11,11 +11,18 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
+
+from villa_ds.config import CheckpointsConfig
 from villa_ds.errors import CheckpointError
+
+Entry = dict[str, int | str]  # of a file in the manifest: bytes, sha256
 
 FOLDER, LATEST, MANIFEST, RUN_STATE = "checkpoints", "latest", "manifest.json", "run.json"
 log = logging.getLogger("villa_ds")
@@ -31,44 +38,90 @@ class Ranks(Protocol):
 
 
 class CheckpointStore:
-    """The checkpoints of one run directory; every rank holds one and calls it at the same time."""
+    """The checkpoints of one run directory; every rank holds one and calls it at the same time.
 
-    def __init__(self, run_directory: Path, keep_last: int, ranks: Ranks) -> None:
+    A rank reports that it could not write instead of leaving the others waiting; then nobody's files count, and the run
+    stops or goes on as configured, the older checkpoints untouched.
+    """
+
+    def __init__(self, run_directory: Path, config: CheckpointsConfig, ranks: Ranks) -> None:
         self.directory = run_directory / FOLDER
-        self._keep_last, self._ranks = keep_last, ranks
+        self._config, self._ranks = config, ranks
+        self._pending: _Pending | None = None
+        self._last_save = time.monotonic()  # a clock that jumps does not reach this one
 
-    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
-        """Commit the checkpoint of `step`.
+    def due(self, step: int) -> bool:
+        """Whether this rank would save after `step`; ranks agree on it, as their clocks differ."""
+        minutes = self._config.minutes
+        return step % self._config.every == 0 or (
+            minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes and self._ranks.rank == 0
+        )
 
-        `write(folder)` puts this rank's files below `folder`; `state` (rank 0's counts) is JSON: position, plan,
-        recipe. Returns the committed folder.
+    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
+        """Write the checkpoint of `step`, or begin to, where that is asynchronous.
+
+        `write(folder)` puts this rank's files into a folder of its own; `state` (rank 0's counts) is JSON. One that is
+        still being written is waited for first, so there are never two unfinished ones.
         """
-        final = self.directory / f"step-{step:08d}"
-        partial = final.with_suffix(".partial")
+        self.finish()
+        self._last_save = time.monotonic()
+        partial = self.directory / f"step-{step:08d}.partial"
+        problem = self._prepare(partial) if self._ranks.rank == 0 else None
+        if not self._anyone_failed(step, problem):
+            self._pending = _Pending(step, partial, self._ranks.rank, write, state)
+            if not self._config.asynchronous:
+                self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is being written and commit it: manifest, rename, `latest`, retention."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        problem, entries = pending.result()
+        if self._anyone_failed(pending.step, problem):
+            if self._ranks.rank == 0:
+                shutil.rmtree(pending.folder, ignore_errors=True)
+            return
+        shares = self._ranks.gather(entries)
+        problem = None
         if self._ranks.rank == 0:
+            try:
+                self._commit(pending, {name: entry for share in shares for name, entry in share.items()})
+            except OSError as error:
+                problem = str(error)
+        self._anyone_failed(pending.step, problem)
+
+    def _prepare(self, partial: Path) -> str | None:
+        try:
             for leftover in self.directory.glob("step-*.partial"):  # of a process that was killed while saving
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
-        self._ranks.gather(None)
-        write(partial)
-        self._ranks.gather(None)
-        if self._ranks.rank == 0:
-            (partial / RUN_STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            entries = {}
-            for path in sorted(_files(partial)):
-                _sync(path)
-                entries[str(path.relative_to(partial))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            manifest = partial / MANIFEST
-            manifest.write_text(json.dumps({"step": step, "files": entries}, indent=1), encoding="utf-8")
-            _sync(manifest)
-            _sync(partial)
-            shutil.rmtree(final, ignore_errors=True)  # an unusable one of the same step, or it would have been resumed
-            os.replace(partial, final)
-            _sync(self.directory)
-            self._point_to(final.name)
-            self._retain(final.name)
-        self._ranks.gather(None)
-        return final
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _anyone_failed(self, step: int, problem: str | None) -> bool:
+        """Whether any rank has a problem: an error if configured, else a line in the log."""
+        problems = [f"rank {rank}: {text}" for rank, text in enumerate(self._ranks.gather(problem)) if text is not None]
+        if not problems:
+            return False
+        message = f"{self.directory}: the checkpoint of step {step} could not be written ({'; '.join(problems)})"
+        if self._config.on_error == "stop":
+            raise CheckpointError(f"{message}; the older ones are untouched: make room and start again")
+        log.warning("%s; the run goes on, the older ones are untouched", message)
+        return True
+
+    def _commit(self, pending: "_Pending", entries: dict[str, Entry]) -> None:
+        manifest = pending.folder / MANIFEST
+        manifest.write_text(json.dumps({"step": pending.step, "files": entries}, indent=1), encoding="utf-8")
+        _sync(manifest)
+        _sync(pending.folder)
+        final = pending.folder.with_suffix("")
+        shutil.rmtree(final, ignore_errors=True)  # an unusable one of the same step, or it would have been resumed
+        os.replace(pending.folder, final)
+        _sync(self.directory)
+        self._point_to(final.name)
+        self._retain(final.name)
 
     def newest_good(self) -> Path | None:
         """The newest checkpoint whose every byte is as written; the same answer on all ranks. None if there is none."""
@@ -90,8 +143,49 @@ class CheckpointStore:
         # A newer one is damaged, or the run would have gone on from it: it must not count as one of those kept.
         folders = _candidates(self.directory)
         newer = [folder for folder in folders if folder.name > saved]
-        for folder in (*newer, *folders[len(newer) + self._keep_last :]):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in (*newer, *folders[len(newer) + self._config.keep_last :]):
+            if folder in newer or not self._kept_for_good(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _kept_for_good(self, folder: Path) -> bool:
+        every = self._config.keep_every
+        return every > 0 and int(folder.name.removeprefix("step-")) % every == 0
+
+
+class _Pending:
+    """One rank's share of a checkpoint, being written by a thread of its own."""
+
+    def __init__(
+        self, step: int, folder: Path, rank: int, write: Callable[[Path], None], state: dict[str, Any]
+    ) -> None:
+        self.step, self.folder = step, folder
+        executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        self._future = executor.submit(_write_share, folder, rank, write, state)
+        executor.shutdown(wait=False)
+
+    def result(self) -> tuple[str | None, dict[str, Entry]]:
+        """What went wrong, or the files written with size and sha256; waits for the thread."""
+        try:
+            return None, self._future.result()
+        except (OSError, SafetensorError) as error:
+            return str(error), {}
+
+
+def _write_share(folder: Path, rank: int, write: Callable[[Path], None], state: dict[str, Any]) -> dict[str, Entry]:
+    own = folder / f"rank-{rank:05d}"
+    own.mkdir()
+    write(own)
+    paths = list(_files(own))
+    if rank == 0:
+        paths.append(folder / RUN_STATE)
+        paths[-1].write_text(json.dumps(state, indent=1), encoding="utf-8")
+    entries: dict[str, Entry] = {}
+    for path in paths:
+        _sync(path)
+        name = str(path.relative_to(folder))
+        entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    _sync(own)
+    return entries
 
 
 def newest_good_in(directory: Path) -> Path | None:

@@ -8,7 +8,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from villa_ds.errors import ConfigError, NonFiniteError
 from villa_ds.resources import find_ds_config
 from villa_ds.train.module import TrainModule
 from villa_ds.train.optim import build_optimizer, set_learning_rate
-from villa_ds.train.parameters import KINDS, MOMENTS, WEIGHT, ParameterFiles, write_parameters
+from villa_ds.train.parameters import KINDS, MOMENTS, WEIGHT, ParameterFiles, Writer, snapshot_parameters
 from villa_ds.train.torch_engine import Engine, TorchEngine, count_parameters, device_of, groups_of, step_count
 
 OWNED_KEYS = {  # of a DeepSpeed configuration, and what decides it here
@@ -167,14 +167,33 @@ class DeepSpeedEngine:
     def update(self, learning_rate: float) -> float:
         """DeepSpeed clips and updates unless a gradient is not finite on any rank."""
         norm = self._plain_norm() if self._stage == 0 else None
+        if norm is not None and not math.isfinite(norm):
+            self.discard()
+            raise NonFiniteError("the gradient is not finite")
         set_learning_rate(self._engine.optimizer, learning_rate)
         self._engine.step()
         self.passes = 0
-        if self._stage > 0 and self._engine.optimizer.overflow and not self._scales_loss:
-            raise NonFiniteError("the gradient is not finite")
         self._forget_gradients()
+        if self._stage > 0 and self._engine.optimizer.overflow:
+            if self._scales_loss:
+                return math.inf  # float16: DeepSpeed lowered its loss scale and left the step out
+            raise NonFiniteError("the gradient is not finite")
         self._updates += 1
         return float(self._engine.get_global_grad_norm()) if norm is None else norm
+
+    def discard(self) -> None:
+        """Let DeepSpeed take the step for one whose gradients overflowed: it clears all it has accumulated."""
+        if self._stage == 0:
+            self._engine.zero_grad()
+        else:
+            optimizer = self._engine.optimizer
+            optimizer.has_overflow = lambda *_, **__: True
+            try:
+                self._engine.step()
+            finally:
+                del optimizer.has_overflow
+            self._forget_gradients()
+        self.passes = 0
 
     def _plain_norm(self) -> float:
         """Stage 0 keeps whole, already averaged gradients on every rank, and reports no norm."""
@@ -183,10 +202,7 @@ class DeepSpeedEngine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)  # as the higher stages do
             gradients.append(parameter.grad)
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not math.isfinite(norm):
-            raise NonFiniteError("the gradient is not finite")
-        return norm
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def _forget_gradients(self) -> None:
         """Zero what DeepSpeed keeps of gradients, or a head that sits out a step is updated with an earlier one's.
@@ -202,6 +218,13 @@ class DeepSpeedEngine:
                 if flat.grad is not None:
                     flat.grad.zero_()
 
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """All-reduce of the maximum."""
+        word = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
+        agreed: list[float] = word.tolist()
+        return agreed
+
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """All-reduce of a copy."""
         total = values.clone()
@@ -214,13 +237,13 @@ class DeepSpeedEngine:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def save(self, folder: Path) -> None:
-        """Gather parameter by parameter and write this rank's share.
+    def snapshot(self) -> Writer:
+        """Gather parameter by parameter; this rank's share is written by what is returned.
 
         DeepSpeed's own checkpoints are tied to the stage and the number of ranks, and its conversion of them is inexact
         at stage 3 (docs/engine.md).
         """
-        write_parameters(folder, self.module, self._get, updates=self._updates, rank=self.rank, world=self.world)
+        return snapshot_parameters(self.module, self._get, updates=self._updates, rank=self.rank, world=self.world)
 
     def load(self, folder: Path) -> None:
         """Restore weights and moments, whatever engine, stage and number of ranks wrote them."""

@@ -12,18 +12,22 @@ from villa_ds.train.metrics import SumTable
 from villa_ds.train.torch_engine import Engine
 
 MAJORITY = "majority_baseline"
-
+POLL_EVERY = 8  # micro-batches between questions whether to stop: a preempted job has seconds
 
 Observer = Callable[[LossOutput, Batch], None]
 
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, objective: Objective, loader: EvaluationLoader, observe: Observer | None = None
+    engine: Engine,
+    objective: Objective,
+    loader: EvaluationLoader,
+    observe: Observer | None = None,
+    poll: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Means over the loader's micro-batches, over all ranks; the module is left in training mode.
 
-    `observe` is called with every output that counts.
+    `observe` is called with every output that counts, `poll` now and then by all ranks together; it may raise.
 
     `majority_baseline` is the accuracy of always answering the evaluated set's commonest class: the best that ignores
     the input can do, so a trained model must beat it.
@@ -31,7 +35,9 @@ def evaluate(
     sums = SumTable()
     classes: Tensor | None = None
     engine.module.eval()
-    for batch, counts in loader:
+    for number, (batch, counts) in enumerate(loader):
+        if poll is not None and number % POLL_EVERY == 0:
+            poll()
         on_device = batch.to(engine.device, non_blocking=True)
         output = engine.probe(on_device, objective.name, None)
         weight = float(counts)  # 0: a repeat that only keeps the ranks in step
@@ -52,7 +58,7 @@ def evaluate(
 
 
 def evaluate_all(
-    engine: Engine, tasks: Mapping[str, tuple[Objective, EvaluationLoader]]
+    engine: Engine, tasks: Mapping[str, tuple[Objective, EvaluationLoader]], poll: Callable[[], None] | None = None
 ) -> dict[str, dict[str, float]]:
     """`evaluate` for each named task."""
-    return {name: evaluate(engine, objective, loader) for name, (objective, loader) in tasks.items()}
+    return {name: evaluate(engine, objective, loader, poll=poll) for name, (objective, loader) in tasks.items()}

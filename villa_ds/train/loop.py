@@ -4,16 +4,19 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from villa_ds.config import PhaseConfig, Recipe
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import StepBatches
-from villa_ds.errors import NonFiniteError
+from villa_ds.errors import NonFiniteError, PreemptedError
 from villa_ds.train.adversary import Adversary
 from villa_ds.train.checkpoint import CheckpointStore, read_state
 from villa_ds.train.engine import build_engine
 from villa_ds.train.evaluate import evaluate_all
+from villa_ds.train.lock import locked
 from villa_ds.train.metrics import MetricsLog, Stopwatch, SumTable
 from villa_ds.train.optim import learning_rate
 from villa_ds.train.rundir import open_run_directory, write_results
@@ -26,6 +29,8 @@ from villa_ds.train.session import (
     training_loader,
     validation_loaders,
 )
+from villa_ds.train.signals import StopRequest
+from villa_ds.train.stability import Guard, RolledBackError
 from villa_ds.train.step import StepInput, adversarial_step, train_step
 from villa_ds.train.torch_engine import Engine
 
@@ -36,13 +41,37 @@ log = logging.getLogger("villa_ds")
 def train(recipe: Recipe, allow_change: Iterable[str] = ()) -> Results:
     """Run `recipe` to its end, from the newest good checkpoint of its run directory if there is one.
 
-    Returns the final validation: task -> metric -> value. Raises `VillaError`s for what the user can mend.
+    Returns the final validation: task -> metric -> value. Raises `VillaError`s for what the user can mend, and
+    `PreemptedError` after saving when the run was asked to stop.
     """
+    stop = StopRequest()
+    stop.watch()
     data = open_data(recipe)
     engine = build_engine(build_initial_module(recipe, data), recipe.engine, recipe.optimizer)
     plan = BatchPlan(recipe.data.lanes, engine.world)
     directory = open_run_directory(recipe, rank=engine.rank, allow_change=allow_change)
-    store = CheckpointStore(directory, recipe.checkpoints.keep_last, engine)
+    with locked(directory, engine):
+        store = CheckpointStore(directory, recipe.checkpoints, engine)
+        guard = Guard(recipe.stability, directory, engine.rank)
+        if recipe.stability.rolls_back and store.newest_good() is None:  # something to roll back to
+            loader = training_loader(recipe, data, plan, engine.rank, None)
+            store.save(0, engine.snapshot(), run_state(recipe, data, plan, 0, loader.state()))
+        while True:
+            try:
+                results = run(recipe, data, engine, plan, directory, store, guard, stop, allow_change)
+                break
+            except RolledBackError:
+                log.warning("rolled back to the newest checkpoint")
+        if engine.rank == 0:
+            write_results(directory, results)
+    return results
+
+
+def run(
+    recipe: Recipe, data: RunData, engine: Engine, plan: BatchPlan, directory: Path, store: CheckpointStore,
+    guard: Guard, stop: StopRequest, allow_change: Iterable[str],
+) -> Results:  # fmt: skip
+    """From the newest checkpoint to the end: steps, and what is due after each. `RolledBackError`: start this again."""
     step, position = resume(engine, store, data, plan, allow_change)
     loader = training_loader(recipe, data, plan, engine.rank, position)
     announce(recipe, engine, plan, step, loader.describe())
@@ -50,42 +79,68 @@ def train(recipe: Recipe, allow_change: Iterable[str] = ()) -> Results:
         directory, start_step=step, total_steps=recipe.total_steps, every=recipe.log.every,
         tensorboard=recipe.log.tensorboard, rank=engine.rank, reduce=engine.sum_over_ranks,
     )  # fmt: skip
+    saved = step
+
+    def save() -> None:
+        nonlocal saved
+        if saved != step:
+            metrics.flush()
+            store.save(step, engine.snapshot(), run_state(recipe, data, plan, step, loader.state()))
+            saved = step
+
+    def leave_if_asked(asked: float | None = None) -> None:
+        if engine.agree([stop.asked])[0] if asked is None else asked:
+            save()
+            store.finish()
+            reason = stop.reason or "on another rank"
+            raise PreemptedError(f"asked to stop ({reason}): saved step {step}, start again to go on")
 
     def validate(limit: int) -> Results:
-        results = evaluate_all(engine, validation_loaders(recipe, data, plan, engine.rank, limit))
+        results = evaluate_all(engine, validation_loaders(recipe, data, plan, engine.rank, limit), leave_if_asked)
         for task, values in results.items():
             metrics.event(step, f"validation/{task}", values)
         return results
 
-    watch = Stopwatch()
-    for batches in loader:
-        step = batches.step
-        phase, phase_step = phase_at(recipe.phases, step)
-        lanes = tuple(plan.lanes_of(engine.rank))
-        work = StepInput(step, recipe.seed, data.objectives[batches.task], batches.batches, lanes)
-        sums = take_step(engine, work, phase, phase_step)
-        passes, rate = engine.passes, learning_rate(step, recipe.optimizer, recipe.total_steps)
-        try:
-            grad_norm = engine.update(rate)
-        except NonFiniteError as error:
-            metrics.close()
-            where = f"step {step} ({phase.name}, {batches.objective})"
-            raise NonFiniteError(f"{where}: {error}; nothing was updated, the last checkpoint is good") from None
-        fields = {"step": step, "phase": phase.name, "lr": rate, "grad_norm": grad_norm, "passes": passes}
-        metrics.record(fields | sample_fields(batches, recipe.log_sample_ids) | speed(batches, watch.lap()), sums)
+    with closing(metrics), closing(loader):
+        leave_if_asked()
+        watch = Stopwatch()
+        for batches in loader:
+            step = batches.step
+            phase, phase_step = phase_at(recipe.phases, step)
+            lanes = tuple(plan.lanes_of(engine.rank))
+            work = StepInput(step, recipe.seed, data.objectives[batches.task], batches.batches, lanes)
+            left_out = guard.left_out(step)
+            sums = SumTable() if left_out else take_step(engine, work, phase, phase_step)
+            passes, rate = engine.passes, learning_rate(step, recipe.optimizer, recipe.total_steps)
+            asked, due, loss = engine.agree([stop.asked, store.due(step), sums.worst("loss")])
+            grad_norm = None if left_out else update(engine, guard, rate, step, batches.objective, loss)
+            fields = {"step": step, "phase": phase.name, "lr": rate, "grad_norm": grad_norm, "passes": passes}
+            fields |= sample_fields(batches, recipe.log_sample_ids)
+            fields |= {"data_wait_s": batches.wait_seconds, "seconds": watch.lap()}
+            metrics.record(fields, sums, sum(batch.tokens for batch in batches.batches))
 
-        last = step == recipe.total_steps
-        if step % recipe.checkpoints.every == 0 or last:
-            metrics.flush()
-            store.save(step, engine.save, run_state(recipe, data, plan, step, loader.state()))
-        if recipe.validation.every and step % recipe.validation.every == 0 and not last:
-            validate(recipe.validation.micro_batches)
-        watch.lap()
-    results = validate(0)
-    metrics.close()
-    if engine.rank == 0:
-        write_results(directory, results)
+            last = step == recipe.total_steps
+            if due or last:
+                save()
+            leave_if_asked(asked)
+            if recipe.validation.every and step % recipe.validation.every == 0 and not last:
+                validate(recipe.validation.micro_batches)
+            watch.lap()
+        results = validate(0)
+        store.finish()
     return results
+
+
+def update(engine: Engine, guard: Guard, rate: float, step: int, objective: str, loss: float) -> float | None:
+    """Update unless the guard says no; the gradient norm, None without an update."""
+    if not guard.judge(step, objective, loss):
+        engine.discard()
+        return None
+    try:
+        return engine.update(rate)
+    except NonFiniteError:
+        guard.nonfinite_gradient(step, objective)
+        return None
 
 
 def take_step(engine: Engine, work: StepInput, phase: PhaseConfig, phase_step: int) -> SumTable:
@@ -143,9 +198,3 @@ def sample_fields(batches: StepBatches, with_ids: bool) -> dict[str, Any]:
     }
     # A step may run across an epoch's end, so ids come with the epoch of each micro-batch.
     return fields | ({"sample_ids": ids, "sample_epochs": epochs} if with_ids else {})
-
-
-def speed(batches: StepBatches, seconds: float) -> dict[str, float]:
-    """Real tokens and regions of this rank (padding not counted) and how fast they went."""
-    tokens = sum(batch.tokens for batch in batches.batches)
-    return {"tokens": tokens, "tokens_per_s": tokens / seconds, "data_wait_s": batches.wait_seconds, "seconds": seconds}

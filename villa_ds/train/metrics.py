@@ -6,6 +6,7 @@ are several ranks). (sum, count) pairs are divided here and nowhere else.
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -42,9 +43,22 @@ class SumTable:
         """Names, sorted: the same order on every rank."""
         return sorted(self._table)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the sums live; the CPU while there are none."""
+        return next(iter(self._table.values())).device if self._table else torch.device("cpu")
+
     def flat(self) -> Tensor:
         """[2 x names] sums and counts in the order of `names`."""
-        return torch.cat([self._table[name] for name in self.names])
+        return torch.cat([self._table[name] for name in self.names]) if self._table else torch.zeros(0).double()
+
+    def worst(self, name: str) -> float:
+        """One mean of this rank as a number that compares: inf where it is not finite, 0 where there is none."""
+        if name not in self._table:
+            return 0.0
+        total, count = self._table[name].tolist()
+        mean = total / count
+        return mean if math.isfinite(mean) else math.inf
 
     def means(self, reduce: Reduce) -> dict[str, float]:
         """Means over all ranks; a name without items is left out. Synchronises with the device."""
@@ -81,9 +95,13 @@ class MetricsLog:
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, smoothing=0.1)
 
-    def record(self, fields: dict[str, Any], sums: SumTable) -> None:
-        """Keep one optimizer step; written at the next flush. `fields` are host values; ``step`` is among them."""
-        self._pending.append((fields, sums.names, sums.flat()))
+    def record(self, fields: dict[str, Any], sums: SumTable, tokens: int) -> None:
+        """Keep one optimizer step; written at the next flush.
+
+        `fields` are host values, equal on all ranks; ``step`` and ``seconds`` are among them. `tokens` are this rank's.
+        """
+        row = torch.cat([torch.tensor([float(tokens)], dtype=torch.float64, device=sums.device), sums.flat()])
+        self._pending.append((fields, sums.names, row))
         if self._bar is not None:
             self._bar.update(1)
         if fields["step"] % self._every == 0 or fields["step"] == self._total:
@@ -95,10 +113,11 @@ class MetricsLog:
             return
         values = self._reduce(torch.cat([flat for _, _, flat in self._pending])).tolist()
         offset = 0
-        for fields, names, flat in self._pending:
-            means = means_of(names, values[offset : offset + len(flat)])
-            offset += len(flat)
-            self._write_step(fields, means)
+        for fields, names, row in self._pending:
+            tokens, *pairs = values[offset : offset + len(row)]
+            offset += len(row)
+            speed = {"tokens": int(tokens), "tokens_per_s": tokens / fields["seconds"]}
+            self._write_step(fields | speed, means_of(names, pairs))
         self._pending.clear()
         if self._file is not None:
             self._file.flush()
@@ -124,18 +143,20 @@ class MetricsLog:
     def _write_step(self, fields: dict[str, Any], means: dict[str, float]) -> None:
         if self._file is None:
             return
-        row = {**fields, "losses": means}
+        row = {**fields, "losses": {name: value if math.isfinite(value) else None for name, value in means.items()}}
         self._file.write(json.dumps(row) + "\n")
         step, objective = fields["step"], fields["objective"]
         if self._writer is not None:
             for key, value in means.items():
                 self._writer.add_scalar(f"{objective}/{key}", value, step)
             for key in ("lr", "grad_norm", "tokens_per_s", "data_wait_s", "passes"):
-                self._writer.add_scalar(f"train/{key}", fields[key], step)
+                if fields[key] is not None:
+                    self._writer.add_scalar(f"train/{key}", fields[key], step)
         if step % self._every == 0 or step == self._total:
             losses = "  ".join(f"{key} {value:.4f}" for key, value in means.items())
             rates = f"{fields['tokens_per_s']:.0f} tokens/s  data wait {fields['data_wait_s']:.2f} s"
-            state = f"lr {fields['lr']:.2e}  grad {fields['grad_norm']:.2f}"
+            norm = "left out" if fields["grad_norm"] is None else f"grad {fields['grad_norm']:.2f}"
+            state = f"lr {fields['lr']:.2e}  {norm}"
             self._say(f"step {step}/{self._total}  {fields['phase']}  {objective}  {losses}  {state}  {rates}")
 
     def _say(self, line: str) -> None:

@@ -1,8 +1,8 @@
 """The state of training by parameter: one layout for every engine, ZeRO stage and number of ranks.
 
-`state-00000-of-00002.safetensors` holds whole tensors in float32 or wider under ``weight/<name>``, ``exp_avg/<name>``
-and ``exp_avg_sq/<name>``; every rank writes its share of the parameters. The number of updates is in the files'
-metadata, and so are the further names of tied parameters, which are stored once, under their first name.
+`rank-00000/state-00000-of-00002.safetensors` holds whole tensors in float32 or wider under ``weight/<name>``,
+``exp_avg/<name>`` and ``exp_avg_sq/<name>``; every rank writes its share of the parameters. The number of updates is in
+the files' metadata, and so are the further names of tied parameters, which are stored once, under their first name.
 """
 
 import json
@@ -23,19 +23,24 @@ KINDS = (WEIGHT, *MOMENTS)
 PATTERN = "state-*.safetensors"
 
 
-def write_parameters(
-    folder: Path, module: Module, get: Callable[[Parameter, str], Tensor], *, updates: int, rank: int, world: int
-) -> None:
-    """Write this rank's share. `get(parameter, kind)` gives the whole tensor; all ranks call it in the same order."""
+Writer = Callable[[Path], None]  # writes one rank's files of a checkpoint into a folder
+
+
+def snapshot_parameters(
+    module: Module, get: Callable[[Parameter, str], Tensor], *, updates: int, rank: int, world: int
+) -> Writer:
+    """Copy this rank's share to the host now; the writer it returns may run later, beside training.
+
+    `get(parameter, kind)` gives the whole tensor; all ranks call it in the same order.
+    """
     tensors: dict[str, Tensor] = {}
     for index, (name, parameter) in enumerate(module.named_parameters()):
         for kind in KINDS:
             value = get(parameter, kind)
             if index % world == rank:
                 tensors[f"{kind}/{name}"] = value.detach().cpu().clone()
-    path = folder / f"state-{rank:05d}-of-{world:05d}.safetensors"
     metadata = {"updates": str(updates), "tied": json.dumps(tied_names(module)), "format": "pt"}
-    save_file(tensors, path, metadata=metadata)
+    return lambda folder: save_file(tensors, folder / f"state-{rank:05d}-of-{world:05d}.safetensors", metadata=metadata)
 
 
 def tied_names(module: Module) -> dict[str, str]:
@@ -50,10 +55,10 @@ def tied_names(module: Module) -> dict[str, str]:
 
 
 class ParameterFiles:
-    """Reads what `write_parameters` wrote, tensor by tensor, whatever the number of ranks was."""
+    """Reads what `snapshot_parameters` wrote, tensor by tensor, whatever the number of ranks was."""
 
     def __init__(self, folder: Path) -> None:
-        self._files: list[Any] = [safe_open(path, framework="pt") for path in sorted(folder.glob(PATTERN))]
+        self._files: list[Any] = [safe_open(path, framework="pt") for path in sorted(folder.rglob(PATTERN))]
         if not self._files:
             raise CheckpointError(f"{folder}: holds no {PATTERN}")
         self._owner = {key: file for file in self._files for key in file.keys()}  # noqa: SIM118 (not a mapping)

@@ -5,6 +5,7 @@ decay and weight decay applies, where the releases' optimizer, fed None, leaves 
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from villa_ds.config import EngineConfig, OptimizerConfig
 from villa_ds.errors import ConfigError, NonFiniteError
 from villa_ds.train.module import TrainModule
 from villa_ds.train.optim import build_optimizer, clip_gradients, parameter_groups, set_learning_rate
-from villa_ds.train.parameters import MOMENTS, WEIGHT, ParameterFiles, write_parameters
+from villa_ds.train.parameters import MOMENTS, WEIGHT, ParameterFiles, Writer, snapshot_parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,17 +55,23 @@ class Engine(Protocol):
         Raises `NonFiniteError` before anything is changed when a loss or gradient is not finite on any rank.
         """
 
+    def discard(self) -> None:
+        """Throw the accumulated gradients away: no update in this step."""
+
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """The largest value of any rank, element by element: the one host synchronisation of an optimizer step."""
+
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Element-wise sum, the same on all ranks."""
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order; a barrier."""
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's files of a checkpoint."""
+    def snapshot(self) -> Writer:
+        """Copy weights and optimizer state; the writer puts this rank's files of a checkpoint into a folder."""
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote."""
+        """Restore what a snapshot's writers wrote."""
 
 
 class TorchEngine:
@@ -105,6 +112,7 @@ class TorchEngine:
                 parameter.grad = torch.zeros_like(parameter)
         norm = float(clip_gradients(parameters, self._clip_norm))
         if not math.isfinite(norm):
+            self.discard()
             raise NonFiniteError("the gradient is not finite")
         set_learning_rate(self._optimizer, learning_rate)
         self._optimizer.step()
@@ -112,6 +120,15 @@ class TorchEngine:
         self.passes = 0
         self._updates += 1
         return norm
+
+    def discard(self) -> None:
+        """Forget the gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self.passes = 0
+
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """There is one rank."""
+        return list(values)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """There is one rank."""
@@ -121,9 +138,9 @@ class TorchEngine:
         """There is one rank."""
         return [value]
 
-    def save(self, folder: Path) -> None:
-        """Write weights and moments by parameter."""
-        write_parameters(folder, self.module, self._get, updates=self._updates, rank=self.rank, world=self.world)
+    def snapshot(self) -> Writer:
+        """Copy weights and moments by parameter."""
+        return snapshot_parameters(self.module, self._get, updates=self._updates, rank=self.rank, world=self.world)
 
     def load(self, folder: Path) -> None:
         """Restore weights and moments, whatever engine wrote them."""

@@ -1,0 +1,42 @@
+"""Being asked to stop: SIGTERM, SIGUSR1, or the launcher's death become one flag that the loop reads.
+
+The handler only sets the flag, so a second signal does no more than the first, at any moment. What follows is agreed by
+all ranks at the end of an optimizer step (`villa_ds.train.loop`).
+"""
+
+import os
+import signal
+import threading
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+PARENT_POLL_S = 1.0  # a launcher that dies is noticed within this; DeepSpeed's leaves its ranks running
+
+
+class StopRequest:
+    """Whether this rank was asked to stop, and by what."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    @property
+    def asked(self) -> float:
+        """1 if this rank was asked to stop, else 0: for agreeing with the other ranks."""
+        return float(self.reason is not None)
+
+    def watch(self) -> None:
+        """Install the handlers and, under a launcher, watch for its death. Call in the main thread."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        if "LOCAL_RANK" in os.environ and "SLURM_PROCID" not in os.environ:
+            threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True, name="parent-watch").start()
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self.reason = self.reason or signal.Signals(number).name
+
+    def _watch_parent(self, parent: int) -> None:
+        pause = threading.Event()
+        while not pause.wait(PARENT_POLL_S):
+            if os.getppid() != parent:
+                self.reason = self.reason or "the launcher's death"
+                return
