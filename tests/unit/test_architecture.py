@@ -44,6 +44,7 @@ ORDER = (
     "data.reader",
     "data.statistics",
     "data.collate",
+    "data.digest",
     "data.delivery",
     "data.loader",
     "models.presets",

@@ -160,7 +160,7 @@ def test_what_never_changes_the_numbers_changes_none(
 def test_a_run_holds_what_the_design_lists(root: Path, straight: tuple[Path, Results]) -> None:
     run, results = straight
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "results.json"
+        "checkpoints", "config.yaml", "lock", "log.txt", "metrics.jsonl", "results.json"
     ]  # fmt: skip
     assert load_recipe(run / "config.yaml") == recipe_of(root, run)
     assert json.loads((run / "results.json").read_text()) == results
@@ -255,14 +255,14 @@ def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(
     root: Path, straight: tuple[Path, Results], tmp_path: Path
 ) -> None:
     run = stopped_copy(straight[0], tmp_path / "run", 8)
-    damaged = checkpoint(run, 8) / "state-00000-of-00001.safetensors"
+    damaged = checkpoint(run, 8) / "rank-00000" / "state-00000-of-00001.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
     train(recipe_of(root, run))
     assert_same_run(run, straight[0])
     log = (run / "log.txt").read_text()
-    assert f"checkpoint {checkpoint(run, 8)} is damaged and skipped: {damaged.name} does not have" in log
+    assert f"checkpoint {checkpoint(run, 8)} is damaged and skipped: rank-00000/{damaged.name} does not have" in log
     assert f"resumed from {checkpoint(run, 7)}\n" in log
 
 
@@ -343,7 +343,7 @@ def test_a_nan_stops_the_run_before_the_update_and_names_step_and_objective(
 
     message = capsys.readouterr().err.splitlines()[-1]
     assert message == (
-        f"villa-ds: step {bad.step} ({phase}, {bad.objective}): the gradient is not finite; "
+        f"villa-ds: step {bad.step} ({phase}, {bad.objective}): the loss or gradient is not finite; "
         "nothing was updated, the last checkpoint is good"
     )
     rows, expected = metrics_rows(run), metrics_rows(straight[0])

@@ -34,7 +34,7 @@ def open_log(
 
 
 def fields(step: int, **more: Any) -> dict[str, Any]:
-    values = {"lr": 0.5, "grad_norm": 2.0, "tokens_per_s": 10.0, "data_wait_s": 0.0, "passes": 2}
+    values = {"lr": 0.5, "grad_norm": 2.0, "seconds": 2.0, "data_wait_s": 0.0, "passes": 2}
     return {"step": step, "phase": "standard", "objective": "mlm", **values, **more}
 
 
@@ -88,16 +88,17 @@ def test_every_step_is_a_row_though_the_device_is_read_every_third(tmp_path: Pat
 
     log = open_log(tmp_path, every=3, total=5, reduce=reduce)
     for step in range(1, 6):
-        log.record(fields(step), table(loss=(float(step), 2.0)))
+        log.record(fields(step), table(loss=(float(step), 2.0)), 20)
         assert [row["step"] for row in rows(tmp_path)] == list(range(1, step // 3 * 3 + 1 if step < 5 else 6))
     log.close()
-    assert reads == [[1.0, 2.0, 2.0, 2.0, 3.0, 2.0], [4.0, 2.0, 5.0, 2.0]]
-    assert rows(tmp_path) == [fields(step, losses={"loss": step / 2}) for step in range(1, 6)]
+    assert reads == [[20.0, 1.0, 2.0, 20.0, 2.0, 2.0, 20.0, 3.0, 2.0], [20.0, 4.0, 2.0, 20.0, 5.0, 2.0]]
+    speed = {"tokens": 40, "tokens_per_s": 20.0}  # of both ranks, in two seconds
+    assert rows(tmp_path) == [fields(step, **speed, losses={"loss": step / 2}) for step in range(1, 6)]
 
 
 def test_closing_writes_what_is_pending(tmp_path: Path) -> None:
     log = open_log(tmp_path)
-    log.record(fields(1), table(loss=(1.0, 1.0)))
+    log.record(fields(1), table(loss=(1.0, 1.0)), 20)
     assert rows(tmp_path) == []
     log.close()
     assert [row["step"] for row in rows(tmp_path)] == [1]
@@ -112,10 +113,10 @@ def test_other_ranks_reduce_and_write_nothing(tmp_path: Path) -> None:
 
     log = open_log(tmp_path, rank=1, reduce=reduce, tensorboard=True)
     for step in range(1, 4):
-        log.record(fields(step), table(loss=(1.0, 1.0)))
+        log.record(fields(step), table(loss=(1.0, 1.0)), 20)
     log.event(3, "validation/x", {"loss": 1.0})
     log.close()
-    assert reads == [[1.0, 1.0] * 3]
+    assert reads == [[20.0, 1.0, 1.0] * 3]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -161,7 +162,7 @@ def run_steps(directory: Path, start: int, stop: int, offset: float) -> None:
     """An earlier or later process of the same run; `offset` tells their values apart."""
     log = open_log(directory, start=start, every=2, tensorboard=True)
     for step in range(start + 1, stop + 1):
-        log.record(fields(step, lr=step + offset), table(loss=(step + offset, 1.0)))
+        log.record(fields(step, lr=step + offset), table(loss=(step + offset, 1.0)), 20)
         if step % 3 == 0:
             log.event(step, "validation/demo/mlm", {"loss": step + offset})
     log.close()

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from tests.tiny import tiny_module
 from villa_ds.errors import CheckpointError
-from villa_ds.train.parameters import KINDS, ParameterFiles, tied_names, write_parameters
+from villa_ds.train.parameters import KINDS, ParameterFiles, snapshot_parameters, tied_names
 
 
 def value_of(parameter: Parameter, kind: str) -> Tensor:
@@ -21,7 +21,7 @@ def value_of(parameter: Parameter, kind: str) -> Tensor:
 def test_round_trip_over_any_number_of_ranks(tmp_path: Path, world: int) -> None:
     module = tiny_module("mlm", "mrfr", dtype=torch.float32)
     for rank in range(world):
-        write_parameters(tmp_path, module, value_of, updates=17, rank=rank, world=world)
+        snapshot_parameters(module, value_of, updates=17, rank=rank, world=world)(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"state-{rank:05d}-of-{world:05d}.safetensors" for rank in range(world)
     ]
@@ -40,7 +40,7 @@ def test_each_rank_writes_about_an_equal_number_of_parameters(tmp_path: Path) ->
     for rank in range(2):
         folder = tmp_path / str(rank)
         folder.mkdir()
-        write_parameters(folder, module, value_of, updates=0, rank=rank, world=2)
+        snapshot_parameters(module, value_of, updates=0, rank=rank, world=2)(folder)
     shares = [set(ParameterFiles(tmp_path / str(rank)).names) for rank in range(2)]
     assert shares[0] & shares[1] == set()
     assert shares[0] | shares[1] == dict(module.named_parameters()).keys()
@@ -57,7 +57,7 @@ def test_all_ranks_ask_for_every_value_in_the_same_order(tmp_path: Path) -> None
             asked[rank].append((id(parameter), kind))
             return parameter.detach()
 
-        write_parameters(tmp_path, module, get, updates=0, rank=rank, world=2)
+        snapshot_parameters(module, get, updates=0, rank=rank, world=2)(tmp_path)
     assert asked[0] == asked[1]
     assert len(asked[0]) == len(KINDS) * len(list(module.parameters()))
 
@@ -69,7 +69,7 @@ def test_tied_parameters_are_stored_once_and_come_back_under_every_name(tmp_path
     assert sorted(tied.values()) == [
         "uniter.embeddings.word_embeddings.weight", "uniter.img_embeddings.img_linear.weight"
     ]  # fmt: skip
-    write_parameters(tmp_path, module, value_of, updates=0, rank=0, world=1)
+    snapshot_parameters(module, value_of, updates=0, rank=0, world=1)(tmp_path)
     files = ParameterFiles(tmp_path)
     assert not set(tied) & set(files.names)
     restored = files.state_dict()
@@ -80,7 +80,7 @@ def test_tied_parameters_are_stored_once_and_come_back_under_every_name(tmp_path
 
 def test_wide_values_stay_wide(tmp_path: Path) -> None:
     module = nn.Linear(3, 2).double()
-    write_parameters(tmp_path, module, value_of, updates=0, rank=0, world=1)
+    snapshot_parameters(module, value_of, updates=0, rank=0, world=1)(tmp_path)
     assert ParameterFiles(tmp_path).get("weight", "bias").dtype == torch.float64
 
 
@@ -99,7 +99,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_another_model_is_refused(tmp_path: Path, change: dict[str, tuple[int, ...] | None], message: str) -> None:
-    write_parameters(tmp_path, nn.Linear(3, 2), value_of, updates=0, rank=0, world=1)
+    snapshot_parameters(nn.Linear(3, 2), value_of, updates=0, rank=0, world=1)(tmp_path)
     shapes: dict[str, tuple[int, ...] | None] = {"weight": (2, 3), "bias": (2,)}
     wanted = {name: shape for name, shape in (shapes | change).items() if shape is not None}
     with pytest.raises(CheckpointError) as caught:
@@ -110,6 +110,6 @@ def test_another_model_is_refused(tmp_path: Path, change: dict[str, tuple[int, .
 def test_a_missing_share_is_refused(tmp_path: Path) -> None:
     """The manifest names a missing file first; this is the second line."""
     module = nn.Linear(3, 2)
-    write_parameters(tmp_path, module, value_of, updates=0, rank=1, world=2)
+    snapshot_parameters(module, value_of, updates=0, rank=1, world=2)(tmp_path)
     with pytest.raises(CheckpointError, match="parameter weight is not in the checkpoint"):
         ParameterFiles(tmp_path).require_fit([("weight", (2, 3)), ("bias", (2,))])

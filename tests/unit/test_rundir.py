@@ -13,7 +13,7 @@ from tests.runs import tiny_recipe
 from villa_ds.config import Recipe
 from villa_ds.errors import CheckpointError
 from villa_ds.mapping import from_mapping, to_mapping
-from villa_ds.train.rundir import differences, open_run_directory, write_results
+from villa_ds.train.rundir import differences, open_run_directory, write_recipe, write_results
 
 
 def recipe_in(run: Path, **changes: Any) -> Recipe:
@@ -31,8 +31,15 @@ def recipe_in(run: Path, **changes: Any) -> Recipe:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run directory in which a step was taken."""
-    directory = open_run_directory(recipe_in(tmp_path / "run"), rank=0)
+    directory = begin(recipe_in(tmp_path / "run"))
     (directory / "metrics.jsonl").write_text('{"step": 1}\n')
+    return directory
+
+
+def begin(recipe: Recipe, *allowed: str) -> Path:
+    """What a start that nothing refuses does."""
+    directory = open_run_directory(recipe, rank=0, allow_change=allowed)
+    write_recipe(directory, recipe)
     return directory
 
 
@@ -42,7 +49,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 def test_a_new_directory_gets_the_resolved_recipe_and_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_in(tmp_path / "deep" / "run")
-    directory = open_run_directory(recipe, rank=0)
+    directory = begin(recipe)
     assert directory == tmp_path / "deep" / "run"
     assert sorted(content(directory)) == ["config.yaml", "log.txt"]
     assert from_mapping(Recipe, yaml.safe_load((directory / "config.yaml").read_text()), "") == recipe
@@ -117,7 +124,7 @@ def test_another_number_of_phases_or_tasks_is_shown_whole(run: Path) -> None:
 )  # fmt: skip
 def test_where_and_how_it_runs_may_change(run: Path, change: dict[str, Any]) -> None:
     recipe = recipe_in(run, **change)
-    open_run_directory(recipe, rank=0)
+    begin(recipe)
     assert yaml.safe_load((run / "config.yaml").read_text()) == to_mapping(recipe)
 
 
@@ -125,7 +132,7 @@ def test_where_and_how_it_runs_may_change(run: Path, change: dict[str, Any]) -> 
 def test_what_is_named_may_change_and_nothing_else(run: Path, allowed: str) -> None:
     with pytest.raises(CheckpointError, match=r"\(seed: 10 -> 4\)"):
         open_run_directory(recipe_in(run, seed=4, optimizer__learning_rate=0.02), rank=0, allow_change=[allowed])
-    open_run_directory(recipe_in(run, optimizer__learning_rate=0.02), rank=0, allow_change=[allowed])
+    begin(recipe_in(run, optimizer__learning_rate=0.02), allowed)
     with pytest.raises(CheckpointError, match=r"learning_rate: 0\.02 -> 0\.01"):
         open_run_directory(recipe_in(run), rank=0)
 
@@ -166,9 +173,9 @@ def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
 def test_a_start_that_took_no_step_does_not_bind_the_mended_recipe(tmp_path: Path) -> None:
     """Wrong settings are found after the directory was made: mending them must not need another directory."""
     run = tmp_path / "run"
-    open_run_directory(recipe_in(run, data__tokens=4), rank=0)
+    begin(recipe_in(run, data__tokens=4))
     (run / "metrics.jsonl").touch()
-    open_run_directory(recipe_in(run), rank=0)
+    begin(recipe_in(run))
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["tokens"] == 128
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"data\.tokens: 128 -> 4"):
@@ -179,7 +186,7 @@ def test_a_start_killed_while_it_wrote_the_recipe_does_not_matter(tmp_path: Path
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml.tmp").write_text("name: ti")
-    open_run_directory(recipe_in(run), rank=0)
+    begin(recipe_in(run))
     assert sorted(content(run)) == ["config.yaml", "log.txt"]
 
 

@@ -295,10 +295,11 @@ class _MicroBatch:
     def _leaves(self, names: tuple[str, ...], wants_gradient: bool) -> dict[str, Tensor]:
         return {name: self.deltas[name].detach().clone().requires_grad_(wants_gradient) for name in names}
 
-    @staticmethod
-    def _input_gradients(scalar: Tensor, leaves: dict[str, Tensor], *, retain_graph: bool) -> dict[str, Tensor]:
-        gradients = torch.autograd.grad(scalar, list(leaves.values()), retain_graph=retain_graph)
-        return dict(zip(leaves, gradients, strict=True))
+    def _input_gradients(self, scalar: Tensor, leaves: dict[str, Tensor], *, retain_graph: bool) -> dict[str, Tensor]:
+        # Scaled like a backward, or the gradients of many classes underflow in float16.
+        scale = self.passes.gradient_scale
+        gradients = torch.autograd.grad(scale * scalar, list(leaves.values()), retain_graph=retain_graph)
+        return {name: gradient / scale for name, gradient in zip(leaves, gradients, strict=True)}
 
     def _ascend(self, step: int, output: LossOutput, kl: Tensor, leaves: dict[str, Tensor]) -> None:
         scale = self.passes.gradient_scale

@@ -98,7 +98,9 @@ class DeepSpeedEngine:
         settings = read_ds_config(config.ds_config or "zero1")
         self._stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         self._offloads = "offload_optimizer" in settings.get("zero_optimization", {})
-        self._clip_norm, self._scales_loss = optimizer.clip_norm, config.precision == "float16"
+        self._scales_loss = config.precision == "float16"
+        if self._scales_loss and self._stage == 0:
+            raise ConfigError("engine.precision: float16 needs ZeRO stage 1, 2 or 3: change engine.ds_config")
         self.keeps_clean_graph = self._stage < 3
         self.passes = 0
         settings |= {

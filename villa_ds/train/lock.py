@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from villa_ds.errors import CheckpointError
+from villa_ds.train.rundir import LOCK_NAME
 from villa_ds.train.torch_engine import Engine
-
-LOCK_NAME = "lock"
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from villa_ds.train.evaluate import evaluate_all
 from villa_ds.train.lock import locked
 from villa_ds.train.metrics import MetricsLog, Stopwatch, SumTable
 from villa_ds.train.optim import learning_rate
-from villa_ds.train.rundir import open_run_directory, write_results
+from villa_ds.train.rundir import open_run_directory, write_recipe, write_results
 from villa_ds.train.session import (
     RunData,
     build_initial_module,
@@ -73,6 +73,8 @@ def run(
 ) -> Results:  # fmt: skip
     """From the newest checkpoint to the end: steps, and what is due after each. `RolledBackError`: start this again."""
     step, position = resume(engine, store, data, plan, allow_change)
+    if engine.rank == 0:
+        write_recipe(directory, recipe)
     loader = training_loader(recipe, data, plan, engine.rank, position)
     announce(recipe, engine, plan, step, loader.describe())
     metrics = MetricsLog(
@@ -113,7 +115,7 @@ def run(
             sums = SumTable() if left_out else take_step(engine, work, phase, phase_step)
             passes, rate = engine.passes, learning_rate(step, recipe.optimizer, recipe.total_steps)
             asked, due, loss = engine.agree([stop.asked, store.due(step), sums.worst("loss")])
-            grad_norm = None if left_out else update(engine, guard, rate, step, batches.objective, loss)
+            grad_norm = None if left_out else update(engine, guard, rate, loss, step, phase.name, batches.objective)
             fields = {"step": step, "phase": phase.name, "lr": rate, "grad_norm": grad_norm, "passes": passes}
             fields |= sample_fields(batches, recipe.log_sample_ids)
             fields |= {"data_wait_s": batches.wait_seconds, "seconds": watch.lap()}
@@ -131,15 +133,17 @@ def run(
     return results
 
 
-def update(engine: Engine, guard: Guard, rate: float, step: int, objective: str, loss: float) -> float | None:
+def update(
+    engine: Engine, guard: Guard, rate: float, loss: float, step: int, phase: str, objective: str
+) -> float | None:
     """Update unless the guard says no; the gradient norm, None without an update."""
-    if not guard.judge(step, objective, loss):
+    if not guard.judge(step, phase, objective, loss):
         engine.discard()
         return None
     try:
         return engine.update(rate)
     except NonFiniteError:
-        guard.nonfinite_gradient(step, objective)
+        guard.nonfinite_gradient(step, phase, objective)
         return None
 
 

@@ -143,6 +143,8 @@ class MetricsLog:
     def _write_step(self, fields: dict[str, Any], means: dict[str, float]) -> None:
         if self._file is None:
             return
+        norm = fields["grad_norm"]
+        fields["grad_norm"] = norm if norm is not None and math.isfinite(norm) else None  # JSON knows no infinity
         row = {**fields, "losses": {name: value if math.isfinite(value) else None for name, value in means.items()}}
         self._file.write(json.dumps(row) + "\n")
         step, objective = fields["step"], fields["objective"]

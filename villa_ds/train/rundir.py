@@ -20,7 +20,7 @@ from villa_ds.mapping import to_mapping
 from villa_ds.train.checkpoint import FOLDER
 from villa_ds.train.metrics import METRICS_NAME
 
-RECIPE_NAME, LOG_NAME, RESULTS_NAME = "config.yaml", "log.txt", "results.json"
+RECIPE_NAME, LOG_NAME, RESULTS_NAME, LOCK_NAME = "config.yaml", "log.txt", "results.json", "lock"
 
 # Dotted keys that may differ when a run goes on: where and how it runs, not what it computes.
 FREE_KEYS = (
@@ -40,24 +40,40 @@ FREE_KEYS = (
 
 
 def open_run_directory(recipe: Recipe, *, rank: int, allow_change: Iterable[str] = ()) -> Path:
-    """Create the run directory or check that it belongs to this recipe; rank 0 writes `config.yaml` and `log.txt`."""
+    """Create the run directory, or check that it belongs to this recipe; rank 0 begins `log.txt`.
+
+    `write_recipe` follows when nothing else refuses the run.
+    """
     directory = recipe.run_directory
     refuse_changes(directory, recipe, allow_change)
     if rank == 0:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            _write_whole(directory / RECIPE_NAME, dump(recipe))
+            start_logging(directory, verbose=True)
         except OSError as error:
             raise CheckpointError(f"{directory}: cannot write the run directory: {error.strerror}") from None
-    start_logging(directory if rank == 0 else None, verbose=rank == 0)
+    else:
+        start_logging(None, verbose=False)
     return directory
+
+
+def write_recipe(directory: Path, recipe: Recipe) -> None:
+    """`config.yaml`: the recipe as it is resolved."""
+    _write_whole(directory / RECIPE_NAME, dump(recipe))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A kill leaves the old file or the new one."""
+    _unfinished(path).write_text(text, encoding="utf-8")
+    os.replace(_unfinished(path), path)
 
 
 def refuse_changes(directory: Path, recipe: Recipe, allow_change: Iterable[str]) -> None:
     """Raise with the differences if `directory` holds the run of a recipe that computes something else."""
     path = directory / RECIPE_NAME
     if not path.exists():
-        if directory.exists() and any(item != _unfinished(path) for item in directory.iterdir()):
+        own = {_unfinished(path).name, LOG_NAME, LOCK_NAME}  # of a start that got no further
+        if directory.exists() and any(item.name not in own for item in directory.iterdir()):
             raise CheckpointError(f"{directory}: not empty and no run of ours; give another `output`")
         return
     try:
@@ -86,12 +102,6 @@ def _is_empty(directory: Path) -> bool:
     metrics = directory / METRICS_NAME
     taken = metrics.exists() and metrics.stat().st_size > 0
     return not taken and not any((directory / FOLDER).glob("step-*"))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A kill leaves the old file or the new one."""
-    _unfinished(path).write_text(text, encoding="utf-8")
-    os.replace(_unfinished(path), path)
 
 
 def _unfinished(path: Path) -> Path:

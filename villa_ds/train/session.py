@@ -14,7 +14,8 @@ from villa_ds.config import Recipe
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import EvaluationLoader, Loader
 from villa_ds.data.manifest import Manifest, load_manifest
-from villa_ds.errors import CheckpointError, DataError
+from villa_ds.data.plan import SPECIAL_TOKENS
+from villa_ds.errors import CheckpointError, ConfigError, DataError
 from villa_ds.mapping import to_mapping
 from villa_ds.models.weights import initialize_from, load_reference, to_reference
 from villa_ds.objectives.base import Objective, build_objective
@@ -48,6 +49,9 @@ def open_data(recipe: Recipe) -> RunData:
     for aspect in ("feature_width", "detector_classes", "extractor"):
         _require_equal(aspect, everything, [getattr(manifest, aspect) for manifest in everything])
     _require_equal("vocabulary", everything, [manifest.vocabulary.sha256 for manifest in everything])
+    for name in {task.objective for task in recipe.tasks}:  # objectives of one name share a head, so its classes
+        sharing = [sets[task.data] for task in recipe.tasks if task.objective == name]
+        _require_equal("answer list", sharing, [manifest.answers for manifest in sharing])
     objectives = [build_objective(task.objective, recipe.objectives, sets[task.data]) for task in recipe.tasks]
     return RunData(sets, validation, objectives)
 
@@ -66,9 +70,24 @@ def build_initial_module(recipe: Recipe, data: RunData) -> TrainModule:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(recipe.seed, "initialise"))
         module = build_module(recipe.model, data.objectives, data.reference)
+    _refuse_long_texts(recipe, data, module.backbone.sizes.max_position_embeddings)
     if recipe.initialize is not None:
         load_initial_weights(module, Path(recipe.initialize), data)
     return module
+
+
+def _refuse_long_texts(recipe: Recipe, data: RunData, positions: int) -> None:
+    """Raise now for a text without a position: the step that meets it, or the last validation, may be days away."""
+    training = [(manifest, recipe.data.max_text_length) for manifest in data.sets.values()]
+    held_out = [(manifest, None) for manifest in data.validation.values()]  # of these no text is left out
+    for manifest, limit in (*training, *held_out):
+        lengths = manifest.index["pair_length"]
+        longest = int((lengths if limit is None else lengths[lengths <= limit]).max(initial=0)) + SPECIAL_TOKENS
+        if longest > positions:
+            raise ConfigError(
+                f"model.max_position_embeddings: {positions} is too small for a text of {longest} tokens in "
+                f"{manifest.folder}; raise it" + (", or lower data.max_text_length" if limit is not None else "")
+            )
 
 
 def load_initial_weights(module: TrainModule, path: Path, data: RunData) -> None:
@@ -122,6 +141,8 @@ def refuse_silent_changes(
 ) -> None:
     """Raise if going on from the checkpoint `folder` would change the run: other data, other batch arithmetic."""
     allowed = {"batch_plan.world", *allow_change}
+    if "data.lanes" in allowed:  # the same thing by the name that the user knows
+        allowed.add("batch_plan.lanes")
     current = {"data": {name: manifest.fingerprint for name, manifest in data.sets.items()}}
     current["batch_plan"] = plan.to_dict()  # type: ignore[assignment]
     changes = [

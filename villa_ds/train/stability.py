@@ -27,6 +27,7 @@ class Event:
     """One step that was not taken as it came."""
 
     step: int
+    phase: str
     objective: str
     kind: str  # "nonfinite" or "spike"
     loss: float
@@ -49,23 +50,23 @@ class Guard:
         """Whether an earlier event says that `step` makes no update."""
         return any(event.step == step and event.action != "stop" for event in self.events)
 
-    def judge(self, step: int, objective: str, loss: float) -> bool:
+    def judge(self, step: int, phase: str, objective: str, loss: float) -> bool:
         """True: update. False: make no update in this step. Raises to stop the run or to roll it back.
 
         `loss` is the largest of any rank, inf if any is not finite.
         """
         if not math.isfinite(loss):
-            return self._act(Event(step, objective, "nonfinite", loss, self._config.nonfinite))
+            return self._act(Event(step, phase, objective, "nonfinite", loss, self._config.nonfinite))
         recent = self._recent[objective]
         usual = statistics.median(recent) if len(recent) == recent.maxlen else math.inf
         if self._config.spike_factor and loss > self._config.spike_factor * usual:
-            return self._act(Event(step, objective, "spike", loss, self._config.spike))
+            return self._act(Event(step, phase, objective, "spike", loss, self._config.spike))
         recent.append(loss)
         return True
 
-    def nonfinite_gradient(self, step: int, objective: str) -> bool:
+    def nonfinite_gradient(self, step: int, phase: str, objective: str) -> bool:
         """The engine found a gradient that is not finite, and did not update."""
-        return self._act(Event(step, objective, "nonfinite", math.inf, self._config.nonfinite))
+        return self._act(Event(step, phase, objective, "nonfinite", math.inf, self._config.nonfinite))
 
     def _act(self, event: Event) -> bool:
         self.events.append(event)
@@ -79,7 +80,7 @@ class Guard:
             if event.kind == "nonfinite"
             else f"the loss jumped to {event.loss:.4g}"
         )
-        where = f"step {event.step} ({event.objective})"
+        where = f"step {event.step} ({event.phase}, {event.objective})"
         if event.action == "stop":
             raise NonFiniteError(f"{where}: {what}; nothing was updated, the last checkpoint is good")
         if len(self.events) > self._config.max_events:
