@@ -208,3 +208,12 @@ def test_results(tmp_path: Path) -> None:
     write_results(tmp_path, results)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert sorted(content(tmp_path)) == ["results.json"]
+
+
+def test_a_run_of_a_version_without_a_key_goes_on(run: Path) -> None:
+    earlier = yaml.safe_load((run / "config.yaml").read_text())
+    del earlier["stability"], earlier["optimizer"]["decay_rate"]
+    (run / "config.yaml").write_text(yaml.safe_dump(earlier))
+    open_run_directory(recipe_in(run), rank=0)
+    with pytest.raises(CheckpointError, match=r"\(optimizer\.decay_rate: 0\.\d+ -> 0\.5\)"):
+        open_run_directory(recipe_in(run, optimizer__decay_rate=0.5), rank=0)

@@ -4,6 +4,7 @@ A directory that holds another recipe's run is refused, with the differences; wh
 differ.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -15,8 +16,8 @@ from typing import Any
 import yaml
 
 from villa_ds.config import Recipe, dump
-from villa_ds.errors import CheckpointError
-from villa_ds.mapping import to_mapping
+from villa_ds.errors import CheckpointError, ConfigError
+from villa_ds.mapping import from_mapping, to_mapping
 from villa_ds.train.checkpoint import FOLDER
 from villa_ds.train.metrics import METRICS_NAME
 
@@ -84,6 +85,8 @@ def refuse_changes(directory: Path, recipe: Recipe, allow_change: Iterable[str])
         raise CheckpointError(f"{path}: not a recipe of ours; give another `output`")
     if _is_empty(directory):
         return
+    with contextlib.suppress(ConfigError):  # of another version: keys that it did not know have their defaults
+        earlier = to_mapping(from_mapping(Recipe, earlier, ""))
     allowed = (*FREE_KEYS, *allow_change)
     changes = [
         f"{key}: {old!r} -> {new!r}"
