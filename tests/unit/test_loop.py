@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.runs import (
     ADVERSARIAL,
@@ -273,6 +274,30 @@ def test_a_finished_run_is_left_as_it_is(root: Path, straight: tuple[Path, Resul
     assert train(recipe_of(root, run)) == straight[1]
     assert (run / "metrics.jsonl").read_bytes() == before
     assert json.loads((run / "results.json").read_text()) == straight[1]
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the last validation is done, and logged, again whenever a finished run is started"
+)
+def test_tensorboard_shows_no_step_twice(root: Path, tmp_path: Path) -> None:
+    """Of a run that was resumed in the middle and, finished, started once more."""
+    recipe = recipe_of(
+        root, tmp_path, log={"every": 5, "tensorboard": True}, validation={"every": 4, "micro_batches": 1}
+    )
+    train(recipe)
+    stop_after(tmp_path, 8)
+    train(recipe)
+    train(recipe)
+    events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"scalars": 0})
+    events.Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert steps["train/lr"] == list(range(1, STEPS + 1))
+    rows = metrics_rows(tmp_path)
+    assert [event.value for event in events.Scalars("train/grad_norm")] == pytest.approx(
+        [row["grad_norm"] for row in rows]
+    )
+    assert steps["mlm/loss"] == [row["step"] for row in rows if row["objective"] == "mlm"]
+    assert steps["validation/demo/mlm/loss"] == [4, 8, STEPS]
 
 
 def other_data(root: Path, to: Path) -> Path:
