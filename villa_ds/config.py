@@ -293,6 +293,16 @@ class StabilityConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """How ranks that die or hang are noticed (docs/reliability.md)."""
+
+    timeout_s: float = 600.0  # longer than any step, save or micro-batch of a validation takes; 0: nobody watches
+
+    def __post_init__(self) -> None:
+        require(self.timeout_s >= 0, "timeout_s", self.timeout_s, "give seconds, or 0 to watch nothing")
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What a run writes beside its checkpoints."""
 
@@ -321,6 +331,7 @@ class Recipe:
     validation: ValidationConfig = ValidationConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     stability: StabilityConfig = StabilityConfig()
+    watch: WatchConfig = WatchConfig()
     log: LogConfig = LogConfig()
     log_sample_ids: bool = False  # write the ids of every step's samples to metrics.jsonl
 

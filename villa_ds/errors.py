@@ -4,6 +4,7 @@
 """
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, requeue me
+EXIT_RANK_LOST = 76  # a rank died or hung: start the job again from its last checkpoint
 
 
 class VillaError(Exception):

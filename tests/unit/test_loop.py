@@ -276,9 +276,6 @@ def test_a_finished_run_is_left_as_it_is(root: Path, straight: tuple[Path, Resul
     assert json.loads((run / "results.json").read_text()) == straight[1]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the last validation is done, and logged, again whenever a finished run is started"
-)
 def test_tensorboard_shows_no_step_twice(root: Path, tmp_path: Path) -> None:
     """Of a run that was resumed in the middle and, finished, started once more."""
     recipe = recipe_of(

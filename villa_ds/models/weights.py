@@ -121,9 +121,9 @@ def _canonical(tensors: Mapping[str, Tensor], backbone: Backbone) -> dict[str, T
 def _tell(report: LoadReport, loaded: int) -> None:
     _log.info("loaded %d tensors", loaded)
     if report.missing:
-        _log.warning("not among the weights, left as initialised: %s", ", ".join(report.missing))
+        _log.info("not among the weights, left as initialised: %s", ", ".join(report.missing))
     if report.unexpected:
-        _log.warning("among the weights, left out: %s", ", ".join(report.unexpected))
+        _log.info("among the weights, left out: %s", ", ".join(report.unexpected))
 
 
 def initialize_from(module: nn.Module, path: str | Path, vocabulary: Vocabulary | None = None) -> LoadReport:

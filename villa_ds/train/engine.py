@@ -48,6 +48,11 @@ def build_engine(module: TrainModule, config: EngineConfig, optimizer: Optimizer
     return TorchEngine(module, config, optimizer)
 
 
+def is_first_rank() -> bool:
+    """Whether this process will be rank 0, as the launcher's environment says; before there is an engine."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+
+
 def rendezvous() -> tuple[int, int, int]:
     """(rank, world, local rank) from the launcher's environment, completed so that torch.distributed can start.
 

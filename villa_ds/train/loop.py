@@ -14,17 +14,25 @@ from villa_ds.data.loader import StepBatches
 from villa_ds.errors import NonFiniteError, PreemptedError
 from villa_ds.train.adversary import Adversary
 from villa_ds.train.checkpoint import CheckpointStore, read_state
-from villa_ds.train.engine import build_engine
+from villa_ds.train.engine import build_engine, is_first_rank
 from villa_ds.train.evaluate import evaluate_all
 from villa_ds.train.lock import locked
 from villa_ds.train.metrics import MetricsLog, Stopwatch, SumTable
 from villa_ds.train.optim import learning_rate
-from villa_ds.train.rundir import open_run_directory, write_recipe, write_results
+from villa_ds.train.rundir import (
+    RESULTS_NAME,
+    open_run_directory,
+    read_results,
+    start_logging,
+    write_recipe,
+    write_results,
+)
 from villa_ds.train.session import (
     RunData,
     build_initial_module,
     open_data,
     refuse_silent_changes,
+    rounding_warnings,
     run_state,
     training_loader,
     validation_loaders,
@@ -46,8 +54,12 @@ def train(recipe: Recipe, allow_change: Iterable[str] = ()) -> Results:
     """
     stop = StopRequest()
     stop.watch()
+    start_logging(None, verbose=is_first_rank())
     data = open_data(recipe)
-    engine = build_engine(build_initial_module(recipe, data), recipe.engine, recipe.optimizer)
+    module = build_initial_module(recipe, data)
+    for line in rounding_warnings(recipe, module):
+        log.info("%s", line)
+    engine = build_engine(module, recipe.engine, recipe.optimizer)
     plan = BatchPlan(recipe.data.lanes, engine.world)
     directory = open_run_directory(recipe, rank=engine.rank, allow_change=allow_change)
     with locked(directory, engine):
@@ -56,6 +68,10 @@ def train(recipe: Recipe, allow_change: Iterable[str] = ()) -> Results:
         if recipe.stability.rolls_back and store.newest_good() is None:  # something to roll back to
             loader = training_loader(recipe, data, plan, engine.rank, None)
             store.save(0, engine.snapshot(), run_state(recipe, data, plan, 0, loader.state()))
+        finished = finished_results(directory, store, engine, recipe.total_steps)
+        if finished is not None:
+            log.info("finished already: %s", directory / RESULTS_NAME)
+            return finished
         while True:
             try:
                 results = run(recipe, data, engine, plan, directory, store, guard, stop, allow_change)
@@ -75,6 +91,7 @@ def run(
     step, position = resume(engine, store, data, plan, allow_change)
     if engine.rank == 0:
         write_recipe(directory, recipe)
+        (directory / RESULTS_NAME).unlink(missing_ok=True)  # of a run that had ended and goes on
     loader = training_loader(recipe, data, plan, engine.rank, position)
     announce(recipe, engine, plan, step, loader.describe())
     metrics = MetricsLog(
@@ -131,6 +148,14 @@ def run(
         results = validate(0)
         store.finish()
     return results
+
+
+def finished_results(directory: Path, store: CheckpointStore, engine: Engine, total_steps: int) -> Results | None:
+    """The results of a run that came to its end, on all ranks; None if there is something left to do."""
+    newest = store.newest_good()
+    results = read_results(directory) if engine.rank == 0 else None
+    results = engine.gather(results)[0]
+    return results if newest is not None and read_state(newest)["step"] == total_steps else None
 
 
 def update(

@@ -33,6 +33,7 @@ FREE_KEYS = (
     "engine",
     "validation",
     "checkpoints",
+    "watch",
     "log",
     "log_sample_ids",
     "model.fused_layer_norm",
@@ -134,6 +135,15 @@ def start_logging(directory: Path | None, *, verbose: bool) -> None:
         file = logging.FileHandler(directory / LOG_NAME, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
+
+
+def read_results(directory: Path) -> dict[str, dict[str, float]] | None:
+    """What `write_results` wrote, or None."""
+    try:
+        results: dict[str, dict[str, float]] = json.loads((directory / RESULTS_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return results
 
 
 def write_results(directory: Path, results: Mapping[str, Any]) -> None:

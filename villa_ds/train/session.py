@@ -1,5 +1,6 @@
 """What a run is made of: its data, its model, its loaders, and what a checkpoint says of it besides tensors."""
 
+import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from villa_ds.train.checkpoint import is_checkpoint, resolve_checkpoint
 from villa_ds.train.module import TrainModule, build_module
 from villa_ds.train.parameters import ParameterFiles
 from villa_ds.train.rundir import differences
+from villa_ds.train.torch_engine import DTYPES
+
+TYPICAL_TOKENS = 16  # of a caption
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,29 @@ def load_initial_weights(module: TrainModule, path: Path, data: RunData) -> None
         load_reference(module, to_reference(files.state_dict()))
     else:
         initialize_from(module, path, data.reference.vocabulary)
+
+
+def rounding_warnings(recipe: Recipe, module: TrainModule) -> list[str]:
+    """A line for each phase whose text perturbation a 16-bit encoder would mostly round away (docs/adversary.md).
+
+    An ascent step changes one entry by about step_size / sqrt(tokens x width); what the encoder sees is that over the
+    spread of the word embeddings, rounded to the format's resolution.
+    """
+    if recipe.engine.precision == "float32":
+        return []
+    resolution = torch.finfo(DTYPES[recipe.engine.precision]).eps
+    spread = float(module.backbone.word_embedding.detach().float().std())
+    lines = []
+    for phase in recipe.phases:
+        if phase.adversary is not None and phase.adversary.perturbs("text"):
+            entry = phase.adversary.text.step_size / math.sqrt(TYPICAL_TOKENS * module.backbone.hidden_size) / spread
+            if entry < resolution:
+                lines.append(
+                    f"phase {phase.name}: a text step of {phase.adversary.text.step_size} moves an entry by "
+                    f"{entry:.0e} of the embeddings' spread, below the resolution {resolution:.0e} of "
+                    f"{recipe.engine.precision}: most of it is rounded away; use float32, or a larger step_size"
+                )
+    return lines
 
 
 def training_loader(
