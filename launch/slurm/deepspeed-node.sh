@@ -1,0 +1,24 @@
+# deepspeed.sbatch runs this once on each node: the launcher, which starts a rank for each GPU of the node, or RANKS of them.
+#
+# A signal to a job step reaches each of its processes, ranks and launchers alike, and when the step's task is gone SLURM
+# kills what is left: ranks in the midst of saving. So the launcher must outlive them. It ignores USR1 (the ranks, having a
+# handler of their own, do not), waits for the ranks, and returns their 75. TERM it passes on, waits 30 seconds, and
+# returns 1, whatever the ranks did.
+
+source launch/slurm/run.sh
+hosts=$(mktemp)
+trap 'rm -f "$hosts"' EXIT
+slots=${RANKS:-${SLURM_GPUS_ON_NODE:?no GPUs: give --gpus-per-node, or RANKS for ranks without any}}
+scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$slots/" >"$hosts"
+
+launch() {
+    trap '' USR1 TERM # `deepspeed` and the process that it starts; the latter brings a handler of TERM
+    exec deepspeed --log_level warning --hostfile "$hosts" --no_ssh --node_rank "$SLURM_NODEID" \
+        --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --module villa_ds train "$@"
+}
+
+attend launch "$@"
+if [ "$code" = 1 ] && [ "$signals" != 0 ]; then
+    code=143 # of TERM, not of a failure
+fi
+exit "$code"
