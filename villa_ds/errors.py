@@ -41,7 +41,17 @@ class PreemptedError(VillaError):
     exit_code = EXIT_PREEMPTED
 
 
+class RankLostError(VillaError):
+    """A rank died, hung or never came: start the job again."""
+
+    exit_code = EXIT_RANK_LOST
+
+
 class NonFiniteError(VillaError):
     """A loss or gradient is not finite; raised before the update, names step and objective."""
 
     exit_code = 3
+
+
+class RolledBackError(Exception):
+    """The loop starts again from the newest checkpoint; never leaves `train`, and no user's matter."""

@@ -24,8 +24,10 @@ attend() {
     [ "$signals" = 0 ] || kill -USR1 "$child" 2>/dev/null || true # came when there was nobody to tell
     while :; do
         before=$signals code=0
-        wait "$child" || code=$?
-        [ "$signals" != "$before" ] || break # else a signal ended `wait`, not the command
+        wait "$child" || code=$? # a signal ends `wait` too, with a code of its own
+        if [ "$signals" = "$before" ] && ! kill -0 "$child" 2>/dev/null; then
+            break
+        fi
     done
     child=
 }

@@ -71,6 +71,7 @@ ORDER = (
     "train.evaluate",
     "train.rundir",
     "train.signals",
+    "train.watch",
     "train.lock",
     "train.stability",
     "train.session",

@@ -309,6 +309,8 @@ def test_a_kill_at_any_system_call_leaves_a_good_checkpoint(tmp_path: Path, monk
         good = store.newest_good()
         assert good is not None
         assert resolve_checkpoint(run) == good
+        pointed = (store.directory / "latest").read_text().strip()
+        assert damage_of(store.directory / pointed) is None  # it never runs ahead of what is committed
         state = read_state(good)["step"]
         assert (good / "rank-00000" / "weights.bin").read_bytes() == f"weights {state}".encode() * 10
         outcomes.append(state)

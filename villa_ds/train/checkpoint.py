@@ -57,17 +57,20 @@ class CheckpointStore:
             minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes and self._ranks.rank == 0
         )
 
-    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, write: Callable[[Path], None], state: dict[str, Any], hindrance: str | None = None
+    ) -> None:
         """Write the checkpoint of `step`, or begin to, where that is asynchronous.
 
         `write(folder)` puts this rank's files into a folder of its own; `state` (rank 0's counts) is JSON. One that is
-        still being written is waited for first, so there are never two unfinished ones.
+        still being written is waited for first, so there are never two unfinished ones. `hindrance`: why there can be
+        no checkpoint now; it counts like one that could not be written.
         """
         self.finish()
         self._last_save = time.monotonic()
         partial = self.directory / f"step-{step:08d}.partial"
-        problem = self._prepare(partial) if self._ranks.rank == 0 else None
-        if not self._anyone_failed(step, problem):
+        problem = hindrance or (self._prepare(partial) if self._ranks.rank == 0 else None)
+        if not self._anyone_failed(step, problem, partial):
             self._pending = _Pending(step, partial, self._ranks.rank, write, state)
             if not self._config.asynchronous:
                 self.finish()
@@ -78,9 +81,7 @@ class CheckpointStore:
         if pending is None:
             return
         problem, entries = pending.result()
-        if self._anyone_failed(pending.step, problem):
-            if self._ranks.rank == 0:
-                shutil.rmtree(pending.folder, ignore_errors=True)
+        if self._anyone_failed(pending.step, problem, pending.folder):
             return
         shares = self._ranks.gather(entries)
         problem = None
@@ -89,7 +90,7 @@ class CheckpointStore:
                 self._commit(pending, {name: entry for share in shares for name, entry in share.items()})
             except OSError as error:
                 problem = str(error)
-        self._anyone_failed(pending.step, problem)
+        self._anyone_failed(pending.step, problem, pending.folder)
 
     def _prepare(self, partial: Path) -> str | None:
         try:
@@ -100,11 +101,13 @@ class CheckpointStore:
             return str(error)
         return None
 
-    def _anyone_failed(self, step: int, problem: str | None) -> bool:
-        """Whether any rank has a problem: an error if configured, else a line in the log."""
+    def _anyone_failed(self, step: int, problem: str | None, partial: Path) -> bool:
+        """Whether any rank has a problem: an error if configured, else a line in the log. What was written goes."""
         problems = [f"rank {rank}: {text}" for rank, text in enumerate(self._ranks.gather(problem)) if text is not None]
         if not problems:
             return False
+        if self._ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # no rank writes any more; a full disk needs the room
         message = f"{self.directory}: the checkpoint of step {step} could not be written ({'; '.join(problems)})"
         if self._config.on_error == "stop":
             raise CheckpointError(f"{message}; the older ones are untouched: make room and start again")
@@ -125,6 +128,7 @@ class CheckpointStore:
 
     def newest_good(self) -> Path | None:
         """The newest checkpoint whose every byte is as written; the same answer on all ranks. None if there is none."""
+        self.finish()  # it may be the newest
         found: str | None = None
         if self._ranks.rank == 0:
             folder = newest_good_in(self.directory)

@@ -9,6 +9,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from villa_ds.batch import Batch, LossOutput, Perturbation
 from villa_ds.config import EngineConfig, OptimizerConfig
-from villa_ds.errors import ConfigError, NonFiniteError
+from villa_ds.errors import ConfigError, NonFiniteError, RankLostError
 from villa_ds.resources import find_ds_config
 from villa_ds.train.module import TrainModule
 from villa_ds.train.optim import build_optimizer, set_learning_rate
@@ -37,12 +38,14 @@ OWNED_KEYS = {  # of a DeepSpeed configuration, and what decides it here
 }
 
 
-def build_engine(module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig) -> Engine:
-    """The engine that the recipe names."""
+def build_engine(
+    module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, timeout_s: float = 0.0
+) -> Engine:
+    """The engine that the recipe names. `timeout_s`: how long ranks wait for each other; 0 leaves torch's choice."""
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.name == "deepspeed":
-        return DeepSpeedEngine(module, config, optimizer)
+        return DeepSpeedEngine(module, config, optimizer, timeout_s)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("engine.name: 'torch' runs in one process: use engine.name=deepspeed with several ranks")
     return TorchEngine(module, config, optimizer)
@@ -94,7 +97,9 @@ class DeepSpeedEngine:
     boundary set by hand and no division, so the number of passes may change from step to step.
     """
 
-    def __init__(self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig) -> None:
+    def __init__(
+        self, module: TrainModule, config: EngineConfig, optimizer: OptimizerConfig, timeout_s: float = 0.0
+    ) -> None:
         self.rank, self.world, local_rank = rendezvous()
         self.device, self.parameters = device_of(config), count_parameters(module)
         if self.device.type == "cuda":
@@ -121,6 +126,7 @@ class DeepSpeedEngine:
         self.module = module.to(self.device)
         self._optimizer = build_optimizer(optimizer, groups_of(module, optimizer))
         self._updates = 0
+        self._timeout = timedelta(seconds=timeout_s) if timeout_s else torch.distributed.default_pg_timeout
         self._engine = self._start(module, settings, self._optimizer)
         if self._stage > 0 and not self._scales_loss:
             self._engine.optimizer.check_grad_overflow = True  # off in float32, where a NaN would go into the weights
@@ -137,7 +143,10 @@ class DeepSpeedEngine:
                 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             if not torch.distributed.is_initialized():
                 backend = "nccl" if self.device.type == "cuda" else "gloo"
-                deepspeed.init_distributed(dist_backend=backend, verbose=False)
+                try:
+                    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=self._timeout)
+                except torch.distributed.DistError as error:
+                    raise RankLostError(f"the {self.world} ranks did not find each other: {error}") from None
             engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         engine.train()
         return engine

@@ -1,5 +1,6 @@
 """`villa-ds evaluate`: metrics and predictions of a checkpoint on held-out sets."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -30,7 +31,8 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None, limit: int = 0)
     data = open_data(recipe)
     if not data.validation:
         raise ConfigError("data.validation: name a held-out set, such as data.validation.NAME=FOLDER")
-    engine = build_engine(build_initial_module(recipe, data), recipe.engine, recipe.optimizer)
+    module = build_initial_module(dataclasses.replace(recipe, initialize=None), data)  # the checkpoint has them all
+    engine = build_engine(module, recipe.engine, recipe.optimizer)
     engine.load(folder)
     start_logging(None, verbose=engine.rank == 0)
     plan = BatchPlan(recipe.data.lanes, engine.world)

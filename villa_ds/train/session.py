@@ -96,6 +96,8 @@ def _refuse_long_texts(recipe: Recipe, data: RunData, positions: int) -> None:
 
 def load_initial_weights(module: TrainModule, path: Path, data: RunData) -> None:
     """Load the weights of a run, a checkpoint, a weights file or a BERT folder; what the model lacks is left out."""
+    if not path.exists():
+        raise ConfigError(f"initialize: {path} does not exist: give a run, a checkpoint, a weights file or a BERT folder")
     if is_checkpoint(path):
         files = ParameterFiles(resolve_checkpoint(path))
         load_reference(module, to_reference(files.state_dict()))

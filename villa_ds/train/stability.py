@@ -12,14 +12,18 @@ import math
 import os
 import statistics
 from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from villa_ds.config import StabilityConfig
-from villa_ds.errors import NonFiniteError
+from villa_ds.errors import CheckpointError, NonFiniteError
 
 EVENTS_NAME = "stability.jsonl"
 log = logging.getLogger("villa_ds")
+
+Action = Literal["stop", "skip", "roll_back"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,12 @@ class Event:
     phase: str
     objective: str
     kind: str  # "nonfinite" or "spike"
-    loss: float
-    action: str  # "stop", "skip" or "roll_back"
+    loss: float | None  # None where it is not finite
+    action: Action
 
-
-class RolledBackError(Exception):
-    """The loop starts again from the newest checkpoint; never leaves `train`."""
+    def __str__(self) -> str:
+        what = "the loss or gradient is not finite" if self.loss is None else f"the loss jumped to {self.loss:.4g}"
+        return f"step {self.step} ({self.phase}, {self.objective}): {what}"
 
 
 class Guard:
@@ -46,60 +50,71 @@ class Guard:
         self._recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=config.spike_window))
         self.events = _read(self._path)
 
+    def state(self) -> dict[str, list[float]]:
+        """The latest losses by phase and objective: part of a checkpoint, or a resumed run would judge otherwise."""
+        return {objective: list(losses) for objective, losses in self._recent.items()}
+
+    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go back to a checkpoint's `state`; events are never forgotten."""
+        self._recent.clear()
+        for objective, losses in state.items():
+            self._recent[objective].extend(losses)
+
     def left_out(self, step: int) -> bool:
         """Whether an earlier event says that `step` makes no update."""
         return any(event.step == step and event.action != "stop" for event in self.events)
 
-    def judge(self, step: int, phase: str, objective: str, loss: float) -> bool:
-        """True: update. False: make no update in this step. Raises to stop the run or to roll it back.
+    def judge(self, step: int, phase: str, objective: str, loss: float) -> Action | None:
+        """What to do instead of an update; None: update. Raises to stop the run.
 
-        `loss` is the largest of any rank, inf if any is not finite.
+        `loss` is the largest of any micro-batch on any rank, inf if any is not finite.
         """
         if not math.isfinite(loss):
-            return self._act(Event(step, phase, objective, "nonfinite", loss, self._config.nonfinite))
-        recent = self._recent[objective]
+            return self._act(Event(step, phase, objective, "nonfinite", None, self._config.nonfinite))
+        recent = self._recent[f"{phase}/{objective}"]
         usual = statistics.median(recent) if len(recent) == recent.maxlen else math.inf
         if self._config.spike_factor and loss > self._config.spike_factor * usual:
             return self._act(Event(step, phase, objective, "spike", loss, self._config.spike))
         recent.append(loss)
-        return True
+        return None
 
-    def nonfinite_gradient(self, step: int, phase: str, objective: str) -> bool:
+    def nonfinite_gradient(self, step: int, phase: str, objective: str) -> Action:
         """The engine found a gradient that is not finite, and did not update."""
-        return self._act(Event(step, phase, objective, "nonfinite", math.inf, self._config.nonfinite))
+        return self._act(Event(step, phase, objective, "nonfinite", None, self._config.nonfinite))
 
-    def _act(self, event: Event) -> bool:
+    def _act(self, event: Event) -> Action:
+        spent = sum(earlier.action != "stop" for earlier in self.events)
+        bounded = event.action != "stop" and spent >= self._config.max_events
+        if bounded:  # what is written must not let the next start leave this step out after all
+            event = dataclasses.replace(event, action="stop")
         self.events.append(event)
         if self._rank == 0:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(dataclasses.asdict(event)) + "\n")
+            self._remember(event)
+        if event.action == "stop":
+            limit = f", and {spent} events (stability.max_events) are spent" if bounded else ""
+            raise NonFiniteError(f"{event}{limit}; nothing was updated, the last checkpoint is good")
+        log.warning("%s: %s (event %d of %d)", event, event.action, spent + 1, self._config.max_events)
+        return event.action
+
+    def _remember(self, event: Event) -> None:
+        try:
+            with self._path.open("ab") as file:
+                file.truncate(len(_whole_lines(self._path)))  # a line torn by a kill would hide this one
+                file.write(json.dumps(dataclasses.asdict(event)).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-        what = (
-            "the loss or gradient is not finite"
-            if event.kind == "nonfinite"
-            else f"the loss jumped to {event.loss:.4g}"
-        )
-        where = f"step {event.step} ({event.phase}, {event.objective})"
-        if event.action == "stop":
-            raise NonFiniteError(f"{where}: {what}; nothing was updated, the last checkpoint is good")
-        if len(self.events) > self._config.max_events:
-            raise NonFiniteError(
-                f"{where}: {what}, and {self._config.max_events} events (stability.max_events) are spent"
-            )
-        log.warning("%s: %s: %s (event %d of %d)", where, what, event.action, len(self.events), self._config.max_events)
-        if event.action == "roll_back":
-            raise RolledBackError
-        return False
+        except OSError as error:
+            raise CheckpointError(
+                f"{event}, and {self._path} cannot be written ({error.strerror}), so a resumed run would not know of "
+                "it; make room and start again"
+            ) from None
+
+
+def _whole_lines(path: Path) -> bytes:
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
 
 
 def _read(path: Path) -> list[Event]:
     """Events of earlier processes; a last line torn by a kill never had consequences."""
-    events = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                events.append(Event(**json.loads(line)))
-            except (ValueError, TypeError):
-                break
-    return events
+    return [Event(**json.loads(line)) for line in _whole_lines(path).splitlines()] if path.exists() else []

@@ -5,20 +5,21 @@ decay and weight decay applies, where the releases' optimizer, fed None, leaves 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from villa_ds.batch import Batch, LossOutput, Perturbation
 from villa_ds.config import EngineConfig, OptimizerConfig
-from villa_ds.errors import ConfigError, NonFiniteError
+from villa_ds.errors import ConfigError, NonFiniteError, VillaError
 from villa_ds.train.module import TrainModule
 from villa_ds.train.optim import build_optimizer, clip_gradients, parameter_groups, set_learning_rate
 from villa_ds.train.parameters import MOMENTS, WEIGHT, ParameterFiles, Writer, snapshot_parameters
 
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -72,6 +73,23 @@ class Engine(Protocol):
 
     def load(self, folder: Path) -> None:
         """Restore what a snapshot's writers wrote."""
+
+
+def together(engine: Engine, action: Callable[[], T]) -> T:
+    """`action()`; an error that one rank meets is raised on every rank, so that none waits for another."""
+    own: VillaError | None = None
+    try:
+        result = action()
+    except VillaError as error:
+        own = error
+    problems = [problem for problem in engine.gather(own and (str(own), own.exit_code)) if problem is not None]
+    if own is not None:
+        raise own
+    if problems:
+        other = VillaError(problems[0][0])
+        other.exit_code = problems[0][1]
+        raise other
+    return result
 
 
 class TorchEngine:

@@ -30,7 +30,13 @@ INTERVAL_S = 1.0  # between two notes of a rank
 SILENCE_S = 5.0  # once a rank is in trouble, another that wrote nothing for this long is what it suffers from
 LINGER_S = 12.0  # how long a rank in trouble waits to learn of a cause elsewhere: silence, and a few notes more
 RECORD = 4096  # bytes of a note: a file of fixed size is overwritten in place, also on a full disk
+COLLECTIVE_MARGIN_S = 60.0
 log = logging.getLogger("villa_ds")
+
+
+def collective_timeout(timeout_s: float) -> float:
+    """How long a collective may wait: longer than the watch, which can name who is missing. 0: unbounded by us."""
+    return timeout_s + COLLECTIVE_MARGIN_S if timeout_s else 0.0
 
 
 @dataclass(frozen=True)
