@@ -1,6 +1,7 @@
 """The command line: `villa-ds` or `python -m villa_ds`. Exit codes: 0 done, 2 input, 3 data damage, 75 preempted."""
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from villa_ds import __version__
 from villa_ds.config import load_recipe
 from villa_ds.errors import VillaError
 from villa_ds.resources import find_recipe
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)  # not of our making
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"villa-ds: {error.filename or 'a file'}: {error.strerror}; mend that, start again", file=sys.stderr)
+        return VillaError.exit_code
     return result
 
 
@@ -101,9 +109,12 @@ def _positive(text: str) -> int:
 
 
 def _train(parsed: argparse.Namespace) -> int:
+    from villa_ds.train.signals import StopRequest  # noqa: PLC0415
+
+    stop = StopRequest().watch()  # before the seconds that the next import takes
     from villa_ds.train.loop import train  # noqa: PLC0415
 
-    train(load_recipe(find_recipe(parsed.recipe), parsed.overrides), parsed.allow_change)
+    train(load_recipe(find_recipe(parsed.recipe), parsed.overrides), parsed.allow_change, stop)
     return 0
 
 

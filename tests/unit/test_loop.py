@@ -161,7 +161,7 @@ def test_what_never_changes_the_numbers_changes_none(
 def test_a_run_holds_what_the_design_lists(root: Path, straight: tuple[Path, Results]) -> None:
     run, results = straight
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.yaml", "lock", "log.txt", "metrics.jsonl", "results.json"
+        "checkpoints", "config.yaml", "heartbeats", "lock", "log.txt", "metrics.jsonl", "results.json"
     ]  # fmt: skip
     assert load_recipe(run / "config.yaml") == recipe_of(root, run)
     assert json.loads((run / "results.json").read_text()) == results

@@ -48,6 +48,7 @@ class CheckpointStore:
         self.directory = run_directory / FOLDER
         self._config, self._ranks = config, ranks
         self._pending: _Pending | None = None
+        self.committed: int | None = None  # step of the newest checkpoint that this process wrote or found
         self._last_save = time.monotonic()  # a clock that jumps does not reach this one
 
     def due(self, step: int) -> bool:
@@ -90,7 +91,8 @@ class CheckpointStore:
                 self._commit(pending, {name: entry for share in shares for name, entry in share.items()})
             except OSError as error:
                 problem = str(error)
-        self._anyone_failed(pending.step, problem, pending.folder)
+        if not self._anyone_failed(pending.step, problem, pending.folder):
+            self.committed = pending.step
 
     def _prepare(self, partial: Path) -> str | None:
         try:
@@ -134,7 +136,10 @@ class CheckpointStore:
             folder = newest_good_in(self.directory)
             found = None if folder is None else folder.name
         found = self._ranks.gather(found)[0]
-        return None if found is None else self.directory / found
+        if found is None:
+            return None
+        self.committed = int(found.removeprefix("step-"))
+        return self.directory / found
 
     def _point_to(self, name: str) -> None:
         temporary = self.directory / f"{LATEST}.tmp"

@@ -5,13 +5,14 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from villa_ds.config import PhaseConfig, Recipe
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import StepBatches
-from villa_ds.errors import NonFiniteError, PreemptedError
+from villa_ds.errors import NonFiniteError, PreemptedError, RolledBackError
 from villa_ds.train.adversary import Adversary
 from villa_ds.train.checkpoint import CheckpointStore, read_state
 from villa_ds.train.engine import build_engine, is_first_rank
@@ -38,43 +39,41 @@ from villa_ds.train.session import (
     validation_loaders,
 )
 from villa_ds.train.signals import StopRequest
-from villa_ds.train.stability import Guard, RolledBackError
+from villa_ds.train.stability import Guard
 from villa_ds.train.step import StepInput, adversarial_step, train_step
-from villa_ds.train.torch_engine import Engine
+from villa_ds.train.torch_engine import Engine, together
+from villa_ds.train.watch import Pulse, collective_timeout
 
 Results = dict[str, dict[str, float]]
 log = logging.getLogger("villa_ds")
 
 
-def train(recipe: Recipe, allow_change: Iterable[str] = ()) -> Results:
+def train(recipe: Recipe, allow_change: Iterable[str] = (), stop: StopRequest | None = None) -> Results:
     """Run `recipe` to its end, from the newest good checkpoint of its run directory if there is one.
 
     Returns the final validation: task -> metric -> value. Raises `VillaError`s for what the user can mend, and
-    `PreemptedError` after saving when the run was asked to stop.
+    `PreemptedError` after saving when the run was asked to stop (`stop`: by one who watches already).
     """
-    stop = StopRequest()
-    stop.watch()
+    stop = stop or StopRequest().watch()
     start_logging(None, verbose=is_first_rank())
     data = open_data(recipe)
     module = build_initial_module(recipe, data)
     for line in rounding_warnings(recipe, module):
         log.info("%s", line)
-    engine = build_engine(module, recipe.engine, recipe.optimizer)
+    engine = build_engine(module, recipe.engine, recipe.optimizer, collective_timeout(recipe.watch.timeout_s))
     plan = BatchPlan(recipe.data.lanes, engine.world)
-    directory = open_run_directory(recipe, rank=engine.rank, allow_change=allow_change)
-    with locked(directory, engine):
+    directory = together(engine, lambda: open_run_directory(recipe, rank=engine.rank, allow_change=allow_change))
+    with locked(directory, engine), Pulse(directory, engine, recipe.watch.timeout_s) as pulse:
         store = CheckpointStore(directory, recipe.checkpoints, engine)
         guard = Guard(recipe.stability, directory, engine.rank)
-        if recipe.stability.rolls_back and store.newest_good() is None:  # something to roll back to
-            loader = training_loader(recipe, data, plan, engine.rank, None)
-            store.save(0, engine.snapshot(), run_state(recipe, data, plan, 0, loader.state()))
         finished = finished_results(directory, store, engine, recipe.total_steps)
         if finished is not None:
             log.info("finished already: %s", directory / RESULTS_NAME)
             return finished
+        run = Run(recipe, data, engine, plan, directory, store, guard, pulse, stop)
         while True:
             try:
-                results = run(recipe, data, engine, plan, directory, store, guard, stop, allow_change)
+                results = run.go_on(allow_change)
                 break
             except RolledBackError:
                 log.warning("rolled back to the newest checkpoint")
@@ -83,93 +82,137 @@ def train(recipe: Recipe, allow_change: Iterable[str] = ()) -> Results:
     return results
 
 
-def run(
-    recipe: Recipe, data: RunData, engine: Engine, plan: BatchPlan, directory: Path, store: CheckpointStore,
-    guard: Guard, stop: StopRequest, allow_change: Iterable[str],
-) -> Results:  # fmt: skip
-    """From the newest checkpoint to the end: steps, and what is due after each. `RolledBackError`: start this again."""
-    step, position = resume(engine, store, data, plan, allow_change)
-    if engine.rank == 0:
-        write_recipe(directory, recipe)
-        (directory / RESULTS_NAME).unlink(missing_ok=True)  # of a run that had ended and goes on
-    loader = training_loader(recipe, data, plan, engine.rank, position)
-    announce(recipe, engine, plan, step, loader.describe())
-    metrics = MetricsLog(
-        directory, start_step=step, total_steps=recipe.total_steps, every=recipe.log.every,
-        tensorboard=recipe.log.tensorboard, rank=engine.rank, reduce=engine.sum_over_ranks,
-    )  # fmt: skip
-    saved = step
+@dataclass
+class Run:
+    """Takes the steps, and does what is due after each."""
 
-    def save() -> None:
-        nonlocal saved
-        if saved != step:
-            metrics.flush()
-            store.save(step, engine.snapshot(), run_state(recipe, data, plan, step, loader.state()))
-            saved = step
+    recipe: Recipe
+    data: RunData
+    engine: Engine
+    plan: BatchPlan
+    directory: Path
+    store: CheckpointStore
+    guard: Guard
+    pulse: Pulse
+    stop: StopRequest
+    step: int = 0  # optimizer steps done
+    saved: int | None = None  # steps done at the last save
 
-    def leave_if_asked(asked: float | None = None) -> None:
-        if engine.agree([stop.asked])[0] if asked is None else asked:
-            save()
-            store.finish()
-            reason = stop.reason or "on another rank"
-            raise PreemptedError(f"asked to stop ({reason}): saved step {step}, start again to go on")
+    def go_on(self, allow_change: Iterable[str]) -> Results:
+        """From the newest checkpoint to the end. `RolledBackError`: call this again."""
+        recipe, engine, data = self.recipe, self.engine, self.data
+        self.step, position = self.resume(allow_change)
+        if engine.rank == 0:
+            write_recipe(self.directory, recipe)
+            (self.directory / RESULTS_NAME).unlink(missing_ok=True)  # of a run that had ended and goes on
+        self.loader = training_loader(recipe, data, self.plan, engine.rank, position)
+        announce(recipe, engine, self.plan, self.step, self.loader.describe())
+        self.metrics = MetricsLog(
+            self.directory, start_step=self.step, total_steps=recipe.total_steps, every=recipe.log.every,
+            tensorboard=recipe.log.tensorboard, rank=engine.rank, reduce=engine.sum_over_ranks,
+        )  # fmt: skip
+        with self.metrics, closing(self.loader):
+            self.leave_if_asked()
+            if recipe.stability.rolls_back:  # something to roll back to
+                self.save()
+            self.pulse.at(self.step + 1, "loading data")
+            watch = Stopwatch()
+            for batches in self.loader:
+                self.step = step = batches.step
+                self.pulse.at(step, "forward and backward")
+                phase, phase_step = phase_at(recipe.phases, step)
+                lanes = tuple(self.plan.lanes_of(engine.rank))
+                work = StepInput(step, recipe.seed, data.objectives[batches.task], batches.batches, lanes)
+                left_out = self.guard.left_out(step)
+                sums = SumTable() if left_out else take_step(engine, work, phase, phase_step)
+                self.pulse.at(step, "update")
+                passes, rate = engine.passes, learning_rate(step, recipe.optimizer, recipe.total_steps)
+                asked, due, loss = engine.agree([self.stop.asked, self.store.due(step), sums.peak_loss()])
+                norm = None if left_out else self.update(rate, loss, phase.name, batches.objective)
+                fields = {"step": step, "phase": phase.name, "lr": rate, "grad_norm": norm, "passes": passes}
+                fields |= sample_fields(batches, recipe.log_sample_ids)
+                fields |= {"data_wait_s": batches.wait_seconds, "seconds": watch.lap()}
+                self.metrics.record(fields, sums, sum(batch.tokens for batch in batches.batches))
 
-    def validate(limit: int) -> Results:
-        results = evaluate_all(engine, validation_loaders(recipe, data, plan, engine.rank, limit), leave_if_asked)
-        for task, values in results.items():
-            metrics.event(step, f"validation/{task}", values)
+                last = step == recipe.total_steps
+                if due or last:
+                    self.save()
+                self.leave_if_asked(asked)
+                if recipe.validation.every and step % recipe.validation.every == 0 and not last:
+                    self.validate(recipe.validation.micro_batches)
+                self.pulse.at(step + 1, "loading data")
+                watch.lap()
+            results = self.validate(0)
+            self.store.finish()
         return results
 
-    with closing(metrics), closing(loader):
-        leave_if_asked()
-        watch = Stopwatch()
-        for batches in loader:
-            step = batches.step
-            phase, phase_step = phase_at(recipe.phases, step)
-            lanes = tuple(plan.lanes_of(engine.rank))
-            work = StepInput(step, recipe.seed, data.objectives[batches.task], batches.batches, lanes)
-            left_out = guard.left_out(step)
-            sums = SumTable() if left_out else take_step(engine, work, phase, phase_step)
-            passes, rate = engine.passes, learning_rate(step, recipe.optimizer, recipe.total_steps)
-            asked, due, loss = engine.agree([stop.asked, store.due(step), sums.worst("loss")])
-            grad_norm = None if left_out else update(engine, guard, rate, loss, step, phase.name, batches.objective)
-            fields = {"step": step, "phase": phase.name, "lr": rate, "grad_norm": grad_norm, "passes": passes}
-            fields |= sample_fields(batches, recipe.log_sample_ids)
-            fields |= {"data_wait_s": batches.wait_seconds, "seconds": watch.lap()}
-            metrics.record(fields, sums, sum(batch.tokens for batch in batches.batches))
+    def resume(self, allow_change: Iterable[str]) -> tuple[int, Mapping[str, Any] | None]:
+        """Load the newest good checkpoint; the steps done and the position in the data, (0, None) without one."""
+        folder = self.store.newest_good()
+        self.saved = self.store.committed
+        if folder is None:
+            return 0, None
+        state = read_state(folder)
+        refuse_silent_changes(folder, state, self.data, self.plan, allow_change)
+        self.engine.load(folder)
+        self.guard.restore(state.get("stability", {}))
+        log.info("resumed from %s", folder)
+        return int(state["step"]), state["position"]
 
-            last = step == recipe.total_steps
-            if due or last:
-                save()
-            leave_if_asked(asked)
-            if recipe.validation.every and step % recipe.validation.every == 0 and not last:
-                validate(recipe.validation.micro_batches)
-            watch.lap()
-        results = validate(0)
-        store.finish()
-    return results
+    def update(self, rate: float, loss: float, phase: str, objective: str) -> float | None:
+        """Update unless the guard says no; the gradient norm, None without an update."""
+        instead = self.guard.judge(self.step, phase, objective, loss)
+        if instead is None:
+            try:
+                return self.engine.update(rate)
+            except NonFiniteError:
+                instead = self.guard.nonfinite_gradient(self.step, phase, objective)
+        else:
+            self.engine.discard()
+        if instead == "roll_back":
+            raise RolledBackError
+        return None
+
+    def save(self) -> None:
+        """Save the state after `step`, unless that is done."""
+        if self.saved != self.step:
+            self.pulse.at(self.step, "saving")
+            self.metrics.flush()
+            state = run_state(self.recipe, self.data, self.plan, self.step, self.loader.state())
+            state |= {"stability": self.guard.state()}
+            self.store.save(self.step, self.engine.snapshot(), state, hindrance=self.metrics.problem)
+            self.saved = self.step
+
+    def leave_if_asked(self, asked: float | None = None) -> None:
+        """Save and raise if any rank was asked to stop; `asked`: what the ranks have agreed on already."""
+        if self.engine.agree([self.stop.asked])[0] if asked is None else asked:
+            if self.step:
+                self.save()
+            self.store.finish()
+            self.stop.heed_no_more()
+            kept = "before the first step" if self.store.committed is None else f"saved step {self.store.committed}"
+            reason = self.stop.reason or "on another rank"
+            raise PreemptedError(f"asked to stop ({reason}): {kept}, start again to go on")
+
+    def validate(self, limit: int) -> Results:
+        """Held-out metrics, at most `limit` micro-batches a task (0: all)."""
+
+        def poll() -> None:
+            self.pulse.at(self.step, "validating")
+            self.leave_if_asked()
+
+        loaders = validation_loaders(self.recipe, self.data, self.plan, self.engine.rank, limit)
+        results = evaluate_all(self.engine, loaders, poll)
+        for task, values in results.items():
+            self.metrics.event(self.step, f"validation/{task}", values)
+        return results
 
 
 def finished_results(directory: Path, store: CheckpointStore, engine: Engine, total_steps: int) -> Results | None:
     """The results of a run that came to its end, on all ranks; None if there is something left to do."""
-    newest = store.newest_good()
-    results = read_results(directory) if engine.rank == 0 else None
-    results = engine.gather(results)[0]
+    results: Results | None = engine.gather(read_results(directory) if engine.rank == 0 else None)[0]
+    newest = None if results is None else store.newest_good()
     return results if newest is not None and read_state(newest)["step"] == total_steps else None
-
-
-def update(
-    engine: Engine, guard: Guard, rate: float, loss: float, step: int, phase: str, objective: str
-) -> float | None:
-    """Update unless the guard says no; the gradient norm, None without an update."""
-    if not guard.judge(step, phase, objective, loss):
-        engine.discard()
-        return None
-    try:
-        return engine.update(rate)
-    except NonFiniteError:
-        guard.nonfinite_gradient(step, phase, objective)
-        return None
 
 
 def take_step(engine: Engine, work: StepInput, phase: PhaseConfig, phase_step: int) -> SumTable:
@@ -187,20 +230,6 @@ def phase_at(phases: Sequence[PhaseConfig], step: int) -> tuple[PhaseConfig, int
             return phase, step
         step -= phase.steps
     raise IndexError(f"the phases end {step} steps before")
-
-
-def resume(
-    engine: Engine, store: CheckpointStore, data: RunData, plan: BatchPlan, allow_change: Iterable[str]
-) -> tuple[int, Mapping[str, Any] | None]:
-    """Load the newest good checkpoint; returns the steps done and the position in the data, (0, None) without one."""
-    folder = store.newest_good()
-    if folder is None:
-        return 0, None
-    state = read_state(folder)
-    refuse_silent_changes(folder, state, data, plan, allow_change)
-    engine.load(folder)
-    log.info("resumed from %s", folder)
-    return int(state["step"]), state["position"]
 
 
 def announce(recipe: Recipe, engine: Engine, plan: BatchPlan, step: int, lines: Sequence[str]) -> None:

@@ -24,12 +24,19 @@ class StopRequest:
         """1 if this rank was asked to stop, else 0: for agreeing with the other ranks."""
         return float(self.reason is not None)
 
-    def watch(self) -> None:
-        """Install the handlers and, under a launcher, watch for its death. Call in the main thread."""
+    def watch(self) -> "StopRequest":
+        """Install the handlers and, under a launcher, watch for its death. Call in the main thread, early."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         if "LOCAL_RANK" in os.environ and "SLURM_PROCID" not in os.environ:
             threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True, name="parent-watch").start()
+        return self
+
+    @staticmethod
+    def heed_no_more() -> None:
+        """All is saved: a signal that comes while the process ends must not change its exit code."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name

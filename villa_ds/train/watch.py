@@ -59,7 +59,7 @@ class Note:
 
 
 class Observer:
-    """Follows the notes of `ranks` and says when the job cannot go on. Pure: time is what the caller says has passed."""
+    """Follows the notes of `ranks` and says when the job cannot go on. Time is what the caller says has passed."""
 
     def __init__(self, ranks: Iterable[int], timeout_s: float, *, judges_progress: bool) -> None:
         self._timeout, self._judges_progress = timeout_s, judges_progress
@@ -161,7 +161,7 @@ class Pulse:
     ) -> None:
         if self._thread is None:
             return
-        if isinstance(error, Exception) and not isinstance(error, VillaError) and self._engine.world > 1:
+        if self._engine.world > 1 and isinstance(error, Exception) and not isinstance(error, VillaError | OSError):
             # A collective that failed says nothing of the cause: wait for the thread to find a rank that is gone.
             self._state["trouble"] = _summary(error)
             self._stopped.wait(min(LINGER_S, LINGER_S / SILENCE_S * self._timeout))
@@ -210,7 +210,9 @@ class Pulse:
             self._write()
             now = time.monotonic()
             passed, last = min(now - last, 3 * self._interval), now  # longer: this process was suspended, or starved
-            verdict = observer.look({rank: self._read(rank) for rank in ranks}, passed, trouble="trouble" in self._state)
+            verdict = observer.look(
+                {rank: self._read(rank) for rank in ranks}, passed, trouble="trouble" in self._state
+            )
             if verdict is not None and not self._stopped.is_set():
                 self._end(verdict)
 
