@@ -36,7 +36,7 @@ def tiny_recipe(root: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "name": "tiny",
         "output": str(output),
         "seed": 10,  # every objective in both phases, an epoch that ends with step 9
-        "model": MODEL,
+        "model": dict(MODEL),
         "data": {
             "root": str(root), "sets": {"demo": "train"}, "validation": {"demo": "held-out"}, "tokens": 128,
             "rows_multiple": 2, "lanes": 2, "window": 16, "workers": 0,

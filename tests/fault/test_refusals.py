@@ -18,6 +18,7 @@ from villa_ds.cli import main
 from villa_ds.data.manifest import fingerprint_of
 
 pytestmark = pytest.mark.fault
+CHANGING = ("log.txt", "lock", "rank-00000.json")  # who is here, and what was said
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,9 @@ def data(root: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of a finished run."""
+    """A copy of a run that was stopped after its last checkpoint, before its last validation."""
     shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
     return tmp_path / "run"
 
 
@@ -51,8 +53,8 @@ def recipe_file(data: Path, run: Path, **changes: Any) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Everything but the log, which may grow."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "log.txt")
+    """Everything that a refused start leaves alone."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in CHANGING)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -107,7 +107,7 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str
         ("model.num_attention_heads=3", "model.num_attention_heads: 3 heads do not divide model.hidden_size 16"),
         ("data.tokens=8", "data.tokens: 8 does not do: pair "),
         ("engine.precision=float16", "engine.precision: float16 needs loss scaling"),
-        ("initialize=nowhere.pt", "nowhere.pt: cannot read the weights"),
+        ("initialize=nowhere.pt", "initialize: nowhere.pt does not exist: give a run, a checkpoint, a weights file"),
     ],
 )
 def test_a_wrong_override_is_one_line(
