@@ -18,7 +18,7 @@ launch() {
 }
 
 attend launch "$@"
-if [ "$code" = 1 ] && [ "$signals" != 0 ]; then
+if [ "$code" = 1 ] && [ -n "$asked" ]; then
     code=143 # of TERM, not of a failure
 fi
 exit "$code"

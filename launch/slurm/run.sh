@@ -6,11 +6,12 @@
 
 EXIT_PREEMPTED=75
 
-signals=0 # that asked this shell to stop; more than one says no more than one
+asked= # by a signal; a second one says no more than the first
 child=
+last=
 
 on_signal() {
-    signals=$((signals + 1))
+    asked=yes last=none
     # To srun, which passes USR1 on to every process of its step. TERM would make it end the step instead.
     [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null || true
 }
@@ -18,16 +19,15 @@ trap on_signal USR1 TERM
 
 # attend COMMAND ...: run it to its end, whatever signals arrive meanwhile; its exit code is in $code.
 attend() {
-    local before
+    code='' last=none
     "$@" &
     child=$!
-    [ "$signals" = 0 ] || kill -USR1 "$child" 2>/dev/null || true # came when there was nobody to tell
-    while :; do
-        before=$signals code=0
-        wait "$child" || code=$? # a signal ends `wait` too, with a code of its own
-        if [ "$signals" = "$before" ] && ! kill -0 "$child" 2>/dev/null; then
-            break
-        fi
+    [ -z "$asked" ] || on_signal # it came when there was nobody to tell
+    # A signal ends `wait` as well, with a code of its own. The true one is what two calls say that no signal came between,
+    # with COMMAND gone.
+    while kill -0 "$child" 2>/dev/null || [ "$code" != "$last" ]; do
+        last=$code code=0
+        wait "$child" || code=$?
     done
     child=
 }
@@ -45,7 +45,7 @@ preempted() {
 
 # Saved; or asked to stop and ended by a signal, which is how ranks end that were still starting: nothing is lost either.
 worth_requeueing() {
-    [ "$code" = "$EXIT_PREEMPTED" ] || { [ "$code" -gt 128 ] && { [ "$signals" != 0 ] || preempted; }; }
+    [ "$code" = "$EXIT_PREEMPTED" ] || { [ "$code" -gt 128 ] && { [ -n "$asked" ] || preempted; }; }
 }
 
 # run_job COMMAND ...: the whole job. Ends the batch script: 0 done, 75 to be started again, else what went wrong.
