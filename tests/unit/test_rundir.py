@@ -116,7 +116,8 @@ def test_another_number_of_phases_or_tasks_is_shown_whole(run: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"data__root": "moved"}, {"data__validation": {}}, {"data__workers": 3}, {"data__prefetch": 9}, {"engine__name": "deepspeed"},
+        {"data__root": "moved"}, {"data__validation": {}}, {"data__workers": 3}, {"data__prefetch": 9},
+        {"engine__name": "deepspeed"},
         {"validation": {"every": 2, "micro_batches": 1}}, {"checkpoints": {"every": 1, "keep_last": 9}},
         {"log__every": 1}, {"log_sample_ids": True}, {"model__fused_layer_norm": False},
         {"model__activation_checkpointing": True},
