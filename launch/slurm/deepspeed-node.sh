@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # deepspeed.sbatch runs this once on each node: the launcher, which starts a rank for each GPU of the node, or RANKS of them.
 #
 # A signal to a job step reaches each of its processes, ranks and launchers alike, and when the step's task is gone SLURM

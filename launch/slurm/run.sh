@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # Sourced by the batch scripts beside it. Runs a training command in the job, tells it when the job has to give up its
 # nodes, and puts the job back into the queue once the ranks have saved.
 #

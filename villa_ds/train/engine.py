@@ -46,7 +46,7 @@ def build_engine(
         torch.set_num_threads(config.threads)
     if config.name == "deepspeed":
         return DeepSpeedEngine(module, config, optimizer, timeout_s)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or is_task_of_srun():
         raise ConfigError("engine.name: 'torch' runs in one process: use engine.name=deepspeed with several ranks")
     return TorchEngine(module, config, optimizer)
 
@@ -56,15 +56,20 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
+def is_task_of_srun() -> bool:
+    """Whether `srun` started this process as one of several. A batch script has SLURM_NTASKS too, but is no task."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
 def rendezvous() -> tuple[int, int, int]:
     """(rank, world, local rank) from the launcher's environment, completed so that torch.distributed can start.
 
     Understands torchrun's and deepspeed's variables, a plain `srun`'s, and no launcher at all (one process).
     """
     environment = os.environ
-    if "RANK" not in environment and int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+    if "RANK" not in environment and is_task_of_srun():
         environment["RANK"] = environment["SLURM_PROCID"]
-        environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+        environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
         environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
         environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
         environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))

@@ -4,6 +4,7 @@ The handler only sets the flag, so a second signal does no more than the first, 
 all ranks at the end of an optimizer step (`villa_ds.train.loop`).
 """
 
+import atexit
 import os
 import signal
 import threading
@@ -28,7 +29,10 @@ class StopRequest:
         """Install the handlers and, under a launcher, watch for its death. Call in the main thread, early."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
-        if "LOCAL_RANK" in os.environ and "SLURM_PROCID" not in os.environ:
+        # Launchers and srun send SIGTERM to the others when one rank has ended. On its way out Python puts the handlers
+        # away, and exit code 75 would become 143.
+        atexit.register(_ignore_stop_signals)
+        if "LOCAL_RANK" in os.environ:  # of deepspeed's launcher or torchrun; `srun` sets none
             threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True, name="parent-watch").start()
         return self
 
@@ -47,3 +51,8 @@ class StopRequest:
             if os.getppid() != parent:
                 self.reason = self.reason or "the launcher's death"
                 return
+
+
+def _ignore_stop_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
