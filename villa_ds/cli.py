@@ -17,7 +17,14 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn an error that the user can mend into one line on stderr."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments once; overrides may also follow an option.
+    misplaced = [argument for argument in rest if "=" not in argument or argument.startswith("-")]
+    if misplaced or (rest and not hasattr(parsed, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(misplaced or rest)}")
+    if rest:
+        parsed.overrides += rest
     try:
         result: int = parsed.run(parsed)
     except VillaError as error:

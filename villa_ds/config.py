@@ -345,6 +345,12 @@ class Recipe:
                 task.data,
                 f"data.sets has {sorted(self.data.sets)}",
             )
+        require(
+            self.optimizer.schedule != "linear" or self.optimizer.warmup_steps < self.total_steps,
+            "optimizer.warmup_steps",
+            self.optimizer.warmup_steps,
+            f"the run has {self.total_steps} steps, give less",
+        )
         for name in self.data.validation:
             require(name in self.data.sets, f"data.validation.{name}", name, "it needs a training set of that name")
 

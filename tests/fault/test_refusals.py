@@ -149,7 +149,6 @@ def test_texts_longer_than_the_position_table(data: Path, tmp_path: Path, capsys
     assert main(["train", recipe, "model.max_position_embeddings=14"]) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="held-out loaders are first built when the run validates: at its very end")
 def test_a_held_out_pair_beyond_the_token_budget_is_refused_before_the_first_step(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,7 +241,6 @@ BAD_ENGINES = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="a traceback of torch's or DeepSpeed's own error")
 @pytest.mark.parametrize("case", BAD_ENGINES)
 def test_an_engine_that_cannot_be(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, case: str

@@ -156,9 +156,6 @@ def test_options_may_come_before_and_after_overrides(recipe: Path, capsys: pytes
         assert capsys.readouterr().err.startswith("villa-ds: data.lans: unknown key")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="argparse fills `nargs='*'` once, so overrides after an option are 'unrecognized arguments'"
-)
 @pytest.mark.parametrize("before", [[], ["seed=4"]])
 def test_options_may_come_between_the_recipe_and_overrides(
     recipe: Path, capsys: pytest.CaptureFixture[str], before: list[str]

@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
-
 from villa_ds.config import CheckpointsConfig
 from villa_ds.errors import CheckpointError
 
@@ -176,8 +174,8 @@ class _Pending:
         """What went wrong, or the files written with size and sha256; waits for the thread."""
         try:
             return None, self._future.result()
-        except (OSError, SafetensorError) as error:
-            return str(error), {}
+        except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks must hear of it, not wait for ever)
+            return str(error) or type(error).__name__, {}
 
 
 def _write_share(folder: Path, rank: int, write: Callable[[Path], None], state: dict[str, Any]) -> dict[str, Entry]:

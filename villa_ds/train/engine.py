@@ -89,6 +89,9 @@ def read_ds_config(name: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+    stages = (0, 1, 2, 3)
+    if not isinstance(content, dict) or content.get("zero_optimization", {}).get("stage", 0) not in stages:
+        raise ConfigError(f"{path}: expected a JSON object whose zero_optimization.stage is one of {stages}")
     for key, owner in OWNED_KEYS.items():
         if key in content:
             raise ConfigError(f"{path}: {key}: take it out, the recipe's {owner} decides it")

@@ -46,6 +46,7 @@ def _take(path: Path) -> IO[str]:
         raise CheckpointError(f"{path.parent}: in use by {holder}; wait for it, or give another `output`") from None
     except OSError as error:  # some network file systems
         log.warning("%s: cannot be locked (%s): see to it that one job at a time runs here", path, error.strerror)
+    os.register_at_fork(after_in_child=file.close)  # or a loader process would hold the lock beyond the trainer's death
     with contextlib.suppress(OSError):  # the note is for people; without it the lock holds all the same
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

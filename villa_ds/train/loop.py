@@ -106,6 +106,9 @@ class Run:
             write_recipe(self.directory, recipe)
             (self.directory / RESULTS_NAME).unlink(missing_ok=True)  # of a run that had ended and goes on
         self.loader = training_loader(recipe, data, self.plan, engine.rank, position)
+        validation_loaders(
+            recipe, data, self.plan, engine.rank, 0
+        )  # what cannot be planned is refused now, not days on
         announce(recipe, engine, self.plan, self.step, self.loader.describe())
         self.metrics = MetricsLog(
             self.directory, start_step=self.step, total_steps=recipe.total_steps, every=recipe.log.every,

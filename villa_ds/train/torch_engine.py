@@ -179,8 +179,14 @@ class TorchEngine:
 
 
 def device_of(config: EngineConfig) -> torch.device:
-    """The configured device, or CUDA if there is one."""
-    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The configured device, or CUDA if there is one. A device that cannot be used is a `ConfigError`."""
+    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"engine.device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def count_parameters(module: TrainModule) -> int:
