@@ -1,9 +1,9 @@
 """The state of training by parameter: one layout for every engine, ZeRO stage and number of ranks.
 
 `rank-00000/state-00000-of-00002.safetensors` holds whole tensors (in float32 where the engine keeps a float32 copy)
-under ``weight/<name>``, ``exp_avg/<name>`` and ``exp_avg_sq/<name>``; every rank writes its share of the parameters. The
-number of updates is in the files' metadata, and so are the further names of tied parameters, which are stored once, under
-their first name.
+under ``weight/<name>``, ``exp_avg/<name>`` and ``exp_avg_sq/<name>``; every rank writes its share of the parameters.
+The number of updates is in the files' metadata, and so are the further names of tied parameters, which are stored
+once, under their first name.
 """
 
 import json
