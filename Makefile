@@ -6,19 +6,20 @@ PIP_FLAGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-FAST := not slow and not dist and not fault
+FAST := not slow and not dist and not fault and not slurm
 # Without this DeepSpeed takes a machine with CUDA libraries but no GPU for a CUDA machine
 ACCELERATOR = $$($(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'DS_ACCELERATOR=cpu')")
 
 .DEFAULT_GOAL := help
-.PHONY: help env lint test test-fast quickstart clean
-test test-fast: export OMP_NUM_THREADS := 1
+.PHONY: help env lint test test-fast test-slurm quickstart clean
+test test-fast test-slurm: export OMP_NUM_THREADS := 1
 
 help:
 	@echo 'make env         a virtual environment in $(VENV) with everything, once'
 	@echo 'make lint        ruff and mypy'
-	@echo 'make test        every test'
+	@echo 'make test        every test but those of test-slurm'
 	@echo 'make test-fast   the tests that need neither several processes nor many seconds'
+	@echo 'make test-slurm  the batch scripts under a private SLURM on this machine; installs it with apt-get if it is missing'
 	@echo 'make quickstart  the whole story on real data: shards, pre-training, adversary, evaluation'
 	@echo 'make clean       remove caches and build products'
 
@@ -37,10 +38,14 @@ lint: env
 
 # The tests that start processes or take long run one after the other: their time limits mean something then.
 test: test-fast
-	env $(ACCELERATOR) $(BIN)/python -m pytest -m "not ($(FAST))"
+	env $(ACCELERATOR) $(BIN)/python -m pytest -m "not ($(FAST)) and not slurm"
 
 test-fast: env
 	env $(ACCELERATOR) $(BIN)/python -m pytest -n 2 -m "$(FAST)"
+
+test-slurm: env
+	bash tests/slurm/install.sh
+	env $(ACCELERATOR) $(BIN)/python -m pytest -m slurm
 
 quickstart: env
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/quickstart.sh
