@@ -7,6 +7,8 @@ from torch import Tensor
 
 from villa_ds.batch import Batch, Reads
 
+TARGETS = {"vqa": "scores", "ve": "scores"}  # objective -> name of its target
+
 
 def slot_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
     """[B, T + R] bool, True at the slots that a task's head reads; None without masked items."""
@@ -17,6 +19,11 @@ def slot_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
         regions = inputs["img_masks"]
         return torch.cat([regions.new_zeros(inputs["input_ids"].shape), regions], dim=1)
     return None
+
+
+def targets_of(objective: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stored targets of a downstream case in the form that our objective prepares."""
+    return {TARGETS[objective]: inputs["targets"]}
 
 
 def pack(mask: Tensor) -> tuple[Tensor, Tensor]:

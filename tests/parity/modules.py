@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.parity.golden import Case
 from villa_ds.config import ItmConfig, ModelConfig, ObjectivesConfig, VqaConfig
 from villa_ds.data.manifest import Manifest, Vocabulary
-from villa_ds.models.weights import load_reference
+from villa_ds.models.weights import load_reference, to_reference
 from villa_ds.objectives.base import build_objective
 from villa_ds.train.module import TrainModule, build_module
 
@@ -18,6 +19,17 @@ BUILT = {
     "UniterForPretraining": ("mlm", "mrfr", "mrc", "mrckl", "itm"),
     "UniterForPretrainingForVCR": ("mlm", "mrfr", "mrc", "mrckl", "itm"),
     "UniterForVisualQuestionAnswering": ("vqa",),
+    "UniterForVisualEntailment": ("ve",),
+}
+# Reference class -> why it is not compared with anything of ours
+NOT_BUILT = {
+    "UniterForVisualCommonsenseReasoning": "not there yet",
+    "UniterForNlvr2Paired": "not there yet",
+    "UniterForNlvr2Triplet": "not there yet",
+    "UniterForNlvr2PairedAttn": "not there yet",
+    "UniterForReferringExpressionComprehension": "not there yet",
+    "UniterForImageTextRetrieval": "not there yet",
+    "UniterForImageTextRetrievalHardNeg": "hard negatives take a pass of their own to choose; not there yet",
 }
 MASK_ID = 3
 
@@ -48,16 +60,27 @@ def model_config(config: dict[str, Any], type_rows: int) -> ModelConfig:
     return ModelConfig(**{name: config[name] for name in names}, type_vocab_size=type_rows)
 
 
+def objectives_of(class_: str) -> tuple[str, ...]:
+    """Our objectives with the heads of a reference class; skips the test, by name, where there are none yet."""
+    if class_ in NOT_BUILT:
+        pytest.skip(f"{class_}: {NOT_BUILT[class_]}")
+    return BUILT[class_]
+
+
+def settings_of(model: dict[str, Any], itm_ot_lambda: float = 0.0) -> ObjectivesConfig:
+    """The head options of a case's `model` entry as our settings."""
+    kwargs = model["kwargs"]
+    return ObjectivesConfig(itm=ItmConfig(ot_weight=itm_ot_lambda), vqa=VqaConfig(num_answers=kwargs.get("num_answer")))
+
+
 def build(
     model: dict[str, Any], word_rows: int, type_rows: int, itm_ot_lambda: float = 0.0, device: str = "cpu"
 ) -> TrainModule:
     """The module for a case's `model` entry (class, config, kwargs), freshly initialised."""
     kwargs = model["kwargs"]
     manifest = manifest_of(word_rows, kwargs["img_dim"], kwargs.get("img_label_dim", 0))
-    settings = ObjectivesConfig(
-        itm=ItmConfig(ot_weight=itm_ot_lambda), vqa=VqaConfig(num_answers=kwargs.get("num_answer"))
-    )
-    objectives = [build_objective(name, settings, manifest) for name in BUILT[model["class"]]]
+    settings = settings_of(model, itm_ot_lambda)
+    objectives = [build_objective(name, settings, manifest) for name in objectives_of(model["class"])]
     with torch.device(device):
         return build_module(model_config(model["config"], type_rows), objectives, manifest)
 
@@ -77,15 +100,11 @@ def module_of(case: Case, dtype: torch.dtype) -> TrainModule:
     return module
 
 
-def gradient(module: TrainModule, name: str) -> torch.Tensor:
-    """Gradient of the parameter that the reference calls `name`; zero where it took no part."""
-    for part, fused in ((f".{part}.", ".qkv.") for part in ("query", "key", "value")):
-        if part in name:
-            parameter = module.get_parameter(name.replace(part, fused))
-            index = ("query", "key", "value").index(part.strip("."))
-            return _gradient_of(parameter).chunk(3)[index]
-    return _gradient_of(module.get_parameter(name))
-
-
-def _gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+def gradients(module: TrainModule) -> dict[str, torch.Tensor]:
+    """Gradients by the reference's names, each parameter once; zero where a parameter took no part."""
+    return to_reference(
+        {
+            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for name, parameter in module.named_parameters()
+        }
+    )

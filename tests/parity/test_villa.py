@@ -1,18 +1,18 @@
 """The adversarial step against VILLA's released loop: every ascent step and every parameter gradient."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from batches import batch_of
-from golden import DTYPES, Case, Expectations, cases
-from modules import module_of
 from torch import Tensor
 
+from tests.parity.batches import batch_of, targets_of
+from tests.parity.golden import DTYPES, Case, Expectations, cases
+from tests.parity.modules import gradients, module_of
 from tests.passes import ModulePasses
-from villa_ds.batch import Batch, Perturbation, Reads
+from villa_ds.batch import Batch, Perturbation
 from villa_ds.config import AdversaryConfig, ModalityConfig
-from villa_ds.models.weights import to_reference
 from villa_ds.train.adversary import Adversary, PassRecord, ascend
 from villa_ds.train.module import TrainModule
 
@@ -39,34 +39,42 @@ def config_of(hyper: dict[str, Any], schedule: str, clean: str = "joint") -> Adv
 @pytest.mark.parametrize("schedule", ["textbook", "exact", "exact without a kept clean graph"])
 @pytest.mark.parametrize("case", cases("villa"))
 def test_released_step(case: Case, schedule: str, dtype: torch.dtype) -> None:
-    if case.spec["task"] != "vqa":
-        pytest.skip(f"the {case.spec['task']} head is built with the downstream tasks")
-    hyper, class_ = case.spec["hyper"], case.spec["model"]["class"]
+    hyper = case.spec["hyper"]
     module = module_of(case, dtype)
     config = config_of(hyper, schedule.partition(" ")[0])
-    objective = module.objectives["vqa"]
+    ((name, objective),) = module.objectives.items()
+    assert name == case.spec["task"]
     with case.expectations(dtype) as expected:
         count = hyper["gradient_accumulation_steps"]
         for number in range(count):
             prefix = f"micro{number}/" if count > 1 else ""
             inputs = case.inputs(dtype, prefix)
-            batch = batch_of(inputs, Reads.POOLED, {"scores": inputs["targets"]})
+            batch = batch_of(inputs, objective.reads, targets_of(name, inputs))
             records: list[PassRecord] = []
-            passes = ModulePasses(module, batch, "vqa", keeps_clean_graph="without" not in schedule)
+            passes = ModulePasses(module, batch, name, keeps_clean_graph="without" not in schedule)
             widths = (module.backbone.hidden_size, module.backbone.feature_width)
             clean = Adversary(config).accumulate(
                 passes, batch, objective.divergence, widths, seed=0, observe=records.append
             )
-            assert clean is not None, class_
+            assert clean is not None
             assert passes.finals == 1
             expected.check(f"{prefix}clean_scores", clean.logits)
-            check_ascent(expected, prefix, config, records, module, batch, clean.logits.detach())
+            check_ascent(expected, prefix, config, records, Trained(module, name, batch), clean.logits.detach())
         check_gradients(expected, case, module)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an ascent is of."""
+
+    module: TrainModule
+    objective: str
+    batch: Batch
 
 
 def check_ascent(
     expected: Expectations, prefix: str, config: AdversaryConfig, records: list[PassRecord],
-    module: TrainModule, batch: Batch, anchor: Tensor,
+    trained: Trained, anchor: Tensor,
 ) -> None:  # fmt: skip
     """Losses, logits, perturbations and their gradients of every ascent step."""
     alternates = config.modality == "alternate"
@@ -81,30 +89,27 @@ def check_ascent(
             expected.check(f"{prefix}step{step}/task_loss{suffix}", record.loss)
             expected.check(f"{prefix}step{step}/kl_loss{suffix}", record.divergence)
             expected.check(f"{prefix}step{step}/scores{suffix}", record.logits)
-            gradients = record.gradients or last_gradients(record, weight, config, module, batch, anchor)
+            gradients = record.gradients or last_gradients(record, weight, config, trained, anchor)
             for name, delta in record.deltas.items():
                 expected.check(f"{prefix}step{step}/{NAMES[name]}_delta", delta)
                 expected.check(f"{prefix}step{step}/{NAMES[name]}_delta_grad", gradients[name])
 
 
 def last_gradients(
-    record: PassRecord, weight: float, config: AdversaryConfig, module: TrainModule, batch: Batch, anchor: Tensor
+    record: PassRecord, weight: float, config: AdversaryConfig, trained: Trained, anchor: Tensor
 ) -> dict[str, Tensor]:
     """The release computes the perturbations' gradient after the last step too and throws it away; we never do."""
     leaves = {name: delta.clone().requires_grad_() for name, delta in record.deltas.items()}
-    output = module(batch, "vqa", Perturbation(leaves.get("text"), leaves.get("regions")))
-    kl = module.objectives["vqa"].divergence(output.logits, anchor)
+    perturbation = Perturbation(leaves.get("text"), leaves.get("regions"))
+    output = trained.module(trained.batch, trained.objective, perturbation)
+    kl = trained.module.objectives[trained.objective].divergence(output.logits, anchor)
     scalar = weight * (output.loss + config.kl_weight * kl)
     return dict(zip(leaves, torch.autograd.grad(scalar, list(leaves.values())), strict=True))
 
 
 def check_gradients(expected: Expectations, case: Case, module: TrainModule) -> None:
     """Every parameter's accumulated gradient under its reference name; the rest have none."""
-    gradients = {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in module.named_parameters()
-    }
-    reference = to_reference(gradients)
+    reference = gradients(module)
     for name in list(expected.names("grad/")):
         expected.check(name, reference.pop(name.removeprefix("grad/")))
     assert sorted(reference) == sorted(case.spec["params_without_grad"])

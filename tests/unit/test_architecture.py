@@ -57,6 +57,8 @@ ORDER = (
     "objectives.reductions",
     "objectives.inputs",
     "objectives.ot",
+    "objectives.heads",
+    "objectives.answers",
     "objectives.*",
     "objectives.__init__",  # imports the objectives, which register themselves
     "train.module",

@@ -53,7 +53,7 @@ class Objective(abc.ABC):
         return {}
 
     def predictions(self, output: LossOutput, batch: Batch) -> list[dict[str, object]]:
-        """What is predicted for each row of the batch, as JSON values; evaluation adds the row's id. Default: none."""
+        """What is predicted for each sample of the batch, as JSON values; evaluation adds its id. Default: none."""
         return []
 
     def class_targets(self, batch: Batch) -> Tensor | None:

@@ -1,0 +1,93 @@
+"""Downstream objectives beside VQA: what they prepare, refuse, measure and predict."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.tiny import MANIFEST, VOCABULARY, tiny_module
+from tests.unit.pairs import batch_of_lengths, regions_of, sample_of
+from villa_ds.batch import Batch, Encoded, LossOutput
+from villa_ds.config import ObjectivesConfig
+from villa_ds.errors import ConfigError, DataError
+from villa_ds.objectives.base import Objective, build_objective
+from villa_ds.rng import Stream
+
+BARE = replace(MANIFEST, answers=())
+
+
+class Fixed(nn.Module):
+    """A head whose output is known."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: Tensor) -> Tensor:
+        return self.output
+
+
+def objective_of(name: str, **settings: object) -> Objective:
+    return build_objective(name, ObjectivesConfig(**settings), BARE)  # type: ignore[arg-type]
+
+
+def output_of(objective: Objective, logits: Tensor, **targets: Tensor) -> tuple[LossOutput, Batch, dict[str, float]]:
+    """Output for known logits, its batch, and its sums and metrics, divided."""
+    batch = replace(batch_of_lengths(), targets=targets)
+    output = objective.loss(Fixed(logits), Encoded(torch.zeros(1), torch.zeros(1)), batch)
+    sums = {**output.sums, **objective.metrics(output, batch)}
+    assert not any(value.requires_grad for pair in sums.values() for value in pair)
+    return output, batch, {name: float(value / count) for name, (value, count) in sums.items()}
+
+
+def test_entailment_target_and_answer_list() -> None:
+    objective = objective_of("ve")
+    example = objective.prepare(sample_of(target={"labels": [2], "scores": [1.0]}), Stream("prepare", 0))
+    np.testing.assert_array_equal(example.targets["scores"], np.array([[0, 0, 1]], dtype=np.float32))
+    assert example.input_ids.tolist() == [VOCABULARY.cls, 11, 12, 13, VOCABULARY.sep]
+    with pytest.raises(DataError, match=r"label 3 is not in 0\.\.2; the classes are contradiction, entailment, neutr"):
+        objective.prepare(sample_of(target={"labels": [3], "scores": [1.0]}), Stream("prepare", 0))
+    with pytest.raises(ConfigError, match=r"'ve' has the answers contradiction.*; the list of tiny is another"):
+        build_objective("ve", ObjectivesConfig(), MANIFEST)
+
+
+def test_entailment_loss_accuracy_and_prediction() -> None:
+    objective = objective_of("ve")
+    logits, scores = torch.tensor([[3.0, -1, 0], [0.1, 0.3, 0.2]]), torch.tensor([[1.0, 0, 0], [0, 0.2, 0.8]])
+    output, batch, sums = output_of(objective, logits, scores=scores)
+    terms = -(scores * F.logsigmoid(logits) + (1 - scores) * F.logsigmoid(-logits))
+    torch.testing.assert_close(output.loss, terms.sum(1).mean())
+    assert sums == {"loss": pytest.approx(float(output.loss)), "accuracy": pytest.approx(0.6)}
+    first, second = objective.predictions(output, batch)
+    assert first == {"answer": "contradiction", "label": 0, "score": 1.0}
+    assert (second["answer"], second["score"]) == ("entailment", pytest.approx(0.2))
+    assert objective.class_targets(batch).tolist() == [0, 2]  # type: ignore[union-attr]
+
+
+def test_entailment_takes_no_learning_rate_of_its_own() -> None:
+    assert tiny_module("vqa").downstream_heads == ["vqa_output"]
+    module = tiny_module("mlm").__class__(tiny_module("mlm").backbone, [objective_of("ve")])
+    assert module.downstream_heads == []
+    assert module.get_parameter("vqa_output.3.bias").shape == (3,)
+
+
+def test_entailment_and_vqa_do_not_share_a_head() -> None:
+    objective, batch = objective_of("ve"), replace(batch_of_lengths(), targets={"scores": torch.zeros(3, 3)})
+    with pytest.raises(ConfigError, match="'ve' has 3 answers, but another one with 5 built the head vqa_output"):
+        objective.loss(Fixed(torch.zeros(3, 5)), Encoded(torch.zeros(1), torch.zeros(1)), batch)
+
+
+def test_regions_are_left_as_they_are() -> None:
+    image = regions_of(3)
+    example = objective_of("ve").prepare(sample_of(image=image), Stream("prepare", 0))
+    assert example.features is image.features
+
+
+def test_divergence_is_summed_over_classes() -> None:
+    first, second = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p, q = first.softmax(-1), second.softmax(-1)
+    expected = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean()
+    torch.testing.assert_close(objective_of("ve").divergence(first, second), expected)

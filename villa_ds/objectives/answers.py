@@ -1,0 +1,95 @@
+"""Choosing among fixed answers with soft scores, as question answering and visual entailment do in the releases.
+
+Shape legend: B texts, A answers.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
+from villa_ds.data.manifest import Vocabulary
+from villa_ds.errors import ConfigError, DataError
+from villa_ds.models.backbone import Backbone
+from villa_ds.objectives.base import Objective
+from villa_ds.objectives.heads import two_layer_head
+from villa_ds.objectives.inputs import plain_example
+from villa_ds.objectives.reductions import total, widen
+from villa_ds.rng import Stream
+
+
+class AnswerScoring(Objective):
+    """Score every answer to a text. Loss: binary cross entropy summed over answers, mean over texts.
+
+    Stored target: `labels`, answer numbers, and `scores`, one for each. Target: `scores` float32 [B, A], the soft score
+    of each answer. `mend` says what to do about an answer number that there is no answer for.
+    """
+
+    head_name = "vqa_output"
+    reads = Reads.POOLED
+    mend: str
+
+    def __init__(self, vocabulary: Vocabulary, num_answers: int, answers: Sequence[str] = ()) -> None:
+        self.vocabulary = vocabulary
+        self.answers = tuple(answers)
+        self.num_answers = num_answers
+
+    def prepare(self, sample: Sample, stream: Stream) -> Example:
+        """The text with its image; draws nothing from `stream`. A target out of range is a `DataError`."""
+        example = plain_example(sample, sample.regions, self.vocabulary)
+        return dataclasses.replace(example, targets={"scores": self._scores(sample)})
+
+    def _scores(self, sample: Sample) -> NDArray[np.float32]:
+        """[1, A]; a text without a known answer has all zeros."""
+        labels = cast(Sequence[int], sample.target.get("labels", ()))
+        scores = cast(Sequence[float], sample.target.get("scores", ()))
+        if len(labels) != len(scores):
+            raise DataError(f"sample {sample.id!r}: {len(labels)} answer labels but {len(scores)} scores")
+        dense = np.zeros((1, self.num_answers), dtype=np.float32)
+        for label, score in zip(labels, scores, strict=True):
+            if not 0 <= label < self.num_answers:
+                raise DataError(
+                    f"sample {sample.id!r}: answer label {label} is not in 0..{self.num_answers - 1}; {self.mend}"
+                )
+            dense[0, label] = score
+        return dense
+
+    def build_head(self, backbone: Backbone) -> nn.Module:
+        """Two-layer classifier on the pooled state."""
+        return two_layer_head(backbone, 2 * backbone.hidden_size, self.num_answers, nn.GELU())
+
+    def loss(self, head: nn.Module, encoded: Encoded, batch: Batch) -> LossOutput:
+        """`logits` and `elements` [B, A]. ConfigError if `head` has another objective's number of answers."""
+        logits: Tensor = head(encoded.pooled)
+        if logits.shape[-1] != self.num_answers:
+            raise ConfigError(
+                f"tasks: objective {self.name!r} has {self.num_answers} answers, but another one with "
+                f"{logits.shape[-1]} built the head {self.head_name}: train them in runs of their own"
+            )
+        wide = widen(logits)
+        elements = F.binary_cross_entropy_with_logits(wide, batch.targets["scores"].to(wide.dtype), reduction="none")
+        by_text = elements.sum(-1)
+        return LossOutput(by_text.mean(), logits, elements, {"loss": total(by_text)})
+
+    def predictions(self, output: LossOutput, batch: Batch) -> list[dict[str, object]]:
+        """The answer of the highest logit: its number, its text where it is known, and its score."""
+        best = output.logits.argmax(-1)
+        scores = score_of_best(output, batch).tolist()
+        return [
+            {"answer": self.answers[label] if label < len(self.answers) else None, "label": label, "score": score}
+            for label, score in zip(best.tolist(), scores, strict=True)
+        ]
+
+    def class_targets(self, batch: Batch) -> Tensor:
+        """The answer of the highest score [B]."""
+        return batch.targets["scores"].argmax(-1)
+
+
+def score_of_best(output: LossOutput, batch: Batch) -> Tensor:
+    """[B] the target's score of the answer predicted."""
+    return batch.targets["scores"].gather(-1, output.logits.argmax(-1, keepdim=True))[:, 0]
