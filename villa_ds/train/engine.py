@@ -120,7 +120,7 @@ class DeepSpeedEngine:
         if self._scales_loss and self._stage == 0:
             raise ConfigError("engine.precision: float16 needs ZeRO stage 1, 2 or 3: change engine.ds_config")
         self.keeps_clean_graph = self._stage < 3
-        self.passes = 0
+        self.passes = self.calls = 0
         settings |= {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -166,22 +166,26 @@ class DeepSpeedEngine:
 
     def forward(self, batch: Batch, objective: str, perturbation: Perturbation | None) -> LossOutput:
         """Through the engine: under ZeRO-3 this also opens a new accumulation micro-step."""
+        self.calls += 1
         output: LossOutput = self._engine(batch, objective, perturbation)
         return output
 
     def forward_kept(self, batch: Batch, objective: str, perturbation: Perturbation | None) -> LossOutput:
         """Below ZeRO-3 around the engine, whose output hooks do not bear a gradient of the inputs taken first."""
+        self.calls += 1
         through = self._engine if self._stage == 3 else self._engine.module
         output: LossOutput = through(batch, objective, perturbation)
         return output
 
     def probe(self, batch: Batch, objective: str, perturbation: Perturbation | None) -> LossOutput:
         """Around the engine, at every stage."""
+        self.calls += 1
         output: LossOutput = self._engine.module(batch, objective, perturbation)
         return output
 
     def backward(self, scalar: Tensor, *, boundary: bool, retain_graph: bool = False) -> None:
         """One micro-step; the boundary's `step` waits for `update`."""
+        self.calls += 1
         self._engine.set_gradient_accumulation_boundary(boundary)
         self._engine.backward(scalar, retain_graph=retain_graph, scale_wrt_gas=False)
         self.passes += 1

@@ -192,7 +192,6 @@ class Run:
             if self.step:
                 self.save()
             self.store.finish()
-            self.stop.heed_no_more()
             kept = "before the first step" if self.store.committed is None else f"saved step {self.store.committed}"
             reason = self.stop.reason or "on another rank"
             raise PreemptedError(f"asked to stop ({reason}): {kept}, start again to go on")

@@ -36,12 +36,6 @@ class StopRequest:
             threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True, name="parent-watch").start()
         return self
 
-    @staticmethod
-    def heed_no_more() -> None:
-        """All is saved: a signal that comes while the process ends must not change its exit code."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
 

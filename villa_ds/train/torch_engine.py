@@ -32,6 +32,7 @@ class Engine(Protocol):
     world: int
     keeps_clean_graph: bool  # see `adversary.Passes`
     passes: int  # engine micro-steps since the last update
+    calls: int  # forwards and backwards begun, of all time: how far this rank has come
     parameters: int  # number of trained values
 
     @property
@@ -106,11 +107,12 @@ class TorchEngine:
         self.module = module.to(self.device, DTYPES[config.precision]).train()
         self._clip_norm = optimizer.clip_norm
         self._optimizer = build_optimizer(optimizer, groups_of(module, optimizer))
-        self.passes = 0
+        self.passes = self.calls = 0
         self._updates = 0
 
     def forward(self, batch: Batch, objective: str, perturbation: Perturbation | None) -> LossOutput:
         """A pass of the module."""
+        self.calls += 1
         output: LossOutput = self.module(batch, objective, perturbation)
         return output
 
@@ -119,6 +121,7 @@ class TorchEngine:
 
     def backward(self, scalar: Tensor, *, boundary: bool, retain_graph: bool = False) -> None:
         """Accumulate; a boundary needs nothing more here."""
+        self.calls += 1
         scalar.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         self.passes += 1
 

@@ -26,9 +26,8 @@ from villa_ds.errors import EXIT_RANK_LOST, VillaError
 from villa_ds.train.torch_engine import Engine
 
 FOLDER = "heartbeats"
-INTERVAL_S = 1.0  # between two notes of a rank
+INTERVAL_S = 1.0  # between two notes of a rank, and two looks at others'
 SILENCE_S = 5.0  # once a rank is in trouble, another that wrote nothing for this long is what it suffers from
-LINGER_S = 12.0  # how long a rank in trouble waits to learn of a cause elsewhere: silence, and a few notes more
 RECORD = 4096  # bytes of a note: a file of fixed size is overwritten in place, also on a full disk
 COLLECTIVE_MARGIN_S = 60.0
 log = logging.getLogger("villa_ds")
@@ -45,7 +44,7 @@ class Note:
 
     job: str  # of this start: an earlier one's notes do not count
     beat: int  # counts the notes
-    progress: tuple[int, int]  # places passed, passes since the last update: ranks at the same place have the same
+    progress: tuple[int, int]  # places passed, forwards and backwards begun: the same on all ranks at the same place
     step: int
     stage: str
     trouble: str | None = None  # an error, perhaps of another rank's making
@@ -56,6 +55,21 @@ class Note:
     def place(self) -> str:
         """For a message."""
         return f"last at step {self.step}, {self.stage}"
+
+
+def interval(timeout_s: float) -> float:
+    """Seconds between two notes."""
+    return min(INTERVAL_S, timeout_s / 10)
+
+
+def silence(timeout_s: float) -> float:
+    """Seconds without a note after which a rank is dead, once there is trouble."""
+    return min(SILENCE_S, timeout_s / 2)
+
+
+def linger(timeout_s: float) -> float:
+    """Seconds that a rank in trouble waits to learn of a cause elsewhere: a silence, and some looks to notice it."""
+    return silence(timeout_s) + 4 * interval(timeout_s)
 
 
 class Observer:
@@ -96,12 +110,12 @@ class Observer:
         # Ranks that raise one error together end within moments of each other: those still there are left in peace.
         for rank, since in self._over.items():
             ended = self._notes[rank].ended
-            if ended is not None and ended[1] != 0 and (trouble or self._now - since >= LINGER_S):
+            if ended is not None and ended[1] != 0 and (trouble or self._now - since >= 2 * linger(self._timeout)):
                 return f"rank {rank} ended ({ended[0]}); {self._notes[rank].place}", ended[1]
         return None
 
     def _silent(self, trouble: bool) -> tuple[str, int] | None:
-        bound = min(SILENCE_S, self._timeout) if trouble else self._timeout
+        bound = silence(self._timeout) if trouble else self._timeout
         for rank, seen in self._seen.items():
             if rank not in self._over and self._now - seen >= bound:
                 note = self._notes.get(rank)
@@ -112,15 +126,19 @@ class Observer:
 
     def _stuck(self) -> tuple[str, int] | None:
         here = [rank for rank in self._seen if rank not in self._over and rank in self._notes]
-        if not self._judges_progress or not here:
-            return None
+        if not self._judges_progress or not here or any(self._notes[rank].trouble for rank in here):
+            return None  # a rank in trouble ends by itself
         seconds = self._now - max(self._moved[rank] for rank in here)
         if seconds < self._timeout:
             return None
-        last = min(here, key=lambda rank: self._notes[rank].progress)  # all pass the same places in the same order
-        waiting = [rank for rank in here if self._notes[rank].progress > self._notes[last].progress]
-        who = f"; {len(waiting)} wait for it ({self._notes[waiting[0]].stage})" if waiting else ""
-        return f"rank {last} has not moved for {seconds:.0f} s; {self._notes[last].place}{who}", EXIT_RANK_LOST
+        least = min(self._notes[rank].progress for rank in here)  # all pass the same places in the same order
+        last = [rank for rank in here if self._notes[rank].progress == least]
+        place, ahead = self._notes[last[0]].place, len(here) - len(last)
+        if len(last) == 1:
+            who = f"rank {last[0]} has not moved for {seconds:.0f} s; {place}"
+        else:
+            who = f"{len(last)} ranks, {last[0]} first, have not moved for {seconds:.0f} s; all {place}"
+        return f"{who}; {ahead} further on wait" if ahead else who, EXIT_RANK_LOST
 
 
 class Pulse:
@@ -132,7 +150,7 @@ class Pulse:
 
     def __init__(self, directory: Path, engine: Engine, timeout_s: float) -> None:
         self._folder, self._engine, self._timeout = directory / FOLDER, engine, timeout_s
-        self._interval = min(INTERVAL_S, timeout_s / 5)
+        self._interval = interval(timeout_s)
         self._where = (0, 0, "starting")  # places passed, step, stage: replaced whole, as the thread reads it any time
         self._beat = 0
         self._job = ""
@@ -164,8 +182,9 @@ class Pulse:
         if self._engine.world > 1 and isinstance(error, Exception) and not isinstance(error, VillaError | OSError):
             # A collective that failed says nothing of the cause: wait for the thread to find a rank that is gone.
             self._state["trouble"] = _summary(error)
-            self._stopped.wait(min(LINGER_S, LINGER_S / SILENCE_S * self._timeout))
+            self._stopped.wait(linger(self._timeout))
         self._stopped.set()
+        self._thread.join(timeout=2 * INTERVAL_S)  # it may hang in writing
         code = 0 if error is None else error.exit_code if isinstance(error, VillaError) else 1
         self._state["ended"] = ("done" if error is None else _summary(error), code)
         self._write()
@@ -186,7 +205,7 @@ class Pulse:
         with self._writing, contextlib.suppress(OSError):  # a note that is not written is missed by who reads it
             self._beat += 1
             places, step, stage = self._where
-            note = Note(self._job, self._beat, (places, self._engine.passes), step, stage, **self._state)
+            note = Note(self._job, self._beat, (places, self._engine.calls), step, stage, **self._state)
             # Opened and closed each time: that is what makes it visible on other hosts of a network file system.
             with self._path(self._engine.rank).open("r+b") as file:
                 file.write(json.dumps(dataclasses.asdict(note)).encode().ljust(RECORD))
