@@ -46,7 +46,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=100000
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-ReturnToService=2
+ReturnToService=0
 KillWait=10
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
