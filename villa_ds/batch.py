@@ -55,6 +55,9 @@ class Sample:
 class Example:
     """A sample made ready for one objective: special tokens added, masks applied, targets built.
 
+    Where a sample takes several rows of a batch this is the first, with the sample's id and targets, and `further_rows`
+    are those that follow it, which have neither.
+
     `targets` are *packed*: axis 0 of each array counts this example's items (1 for a pair-level target, the number of
     masked tokens or regions otherwise); collation concatenates them, so that they line up with the packed read slots.
     """
@@ -69,6 +72,12 @@ class Example:
     read_text: NDArray[np.int64] | None = None  # positions of text that the head reads
     read_regions: NDArray[np.int64] | None = None  # indices of regions that the head reads
     targets: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    further_rows: tuple["Example", ...] = ()
+
+    @property
+    def rows(self) -> tuple["Example", ...]:
+        """All rows of the sample, this one first."""
+        return (self, *self.further_rows)
 
 
 class Reads(enum.Enum):
@@ -83,7 +92,7 @@ class Reads(enum.Enum):
 class Batch:
     """One micro-batch on one device. Padding is zero and on the right."""
 
-    ids: tuple[str, ...]
+    ids: tuple[str, ...]  # of the samples, each of which is one row or several consecutive ones
     input_ids: Tensor  # [B, T] int64
     token_types: Tensor  # [B, T] int64
     text_lengths: Tensor  # [B] int64, [CLS] and [SEP] counted

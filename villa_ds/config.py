@@ -121,6 +121,17 @@ class VqaConfig:
 
 
 @dataclass(frozen=True)
+class VcrConfig:
+    """Visual commonsense reasoning."""
+
+    questions: Literal["both", "qa", "qar"] = "both"  # the answer, the rationale given the right answer, or both
+    new_words: int = 81  # word pieces at the vocabulary's end that pre-trained weights lack: person tags
+
+    def __post_init__(self) -> None:
+        require(self.new_words >= 0, "new_words", self.new_words, "give 0 or more")
+
+
+@dataclass(frozen=True)
 class ObjectivesConfig:
     """Settings of the objectives; only those named under `tasks` are built."""
 
@@ -128,6 +139,7 @@ class ObjectivesConfig:
     mrm: RegionMaskingConfig = RegionMaskingConfig()
     itm: ItmConfig = ItmConfig()
     vqa: VqaConfig = VqaConfig()
+    vcr: VcrConfig = VcrConfig()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from villa_ds.batch import Batch, Reads
 
-TARGETS = {"vqa": "scores", "ve": "scores"}  # objective -> name of its target
+TARGETS = {"vqa": "scores", "ve": "scores", "vcr": "correct"}  # objective -> name of its target
 
 
 def slot_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
@@ -23,7 +23,12 @@ def slot_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
 
 def targets_of(objective: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The stored targets of a downstream case in the form that our objective prepares."""
-    return {TARGETS[objective]: inputs["targets"]}
+    targets = inputs["targets"]
+    if objective == "vcr":
+        right = targets.view(-1, 4)  # rows of one question
+        assert right.tolist() == torch.eye(4)[right.argmax(1)].tolist()
+        targets = right.argmax(1)
+    return {TARGETS[objective]: targets}
 
 
 def pack(mask: Tensor) -> tuple[Tensor, Tensor]:

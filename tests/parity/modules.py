@@ -20,10 +20,10 @@ BUILT = {
     "UniterForPretrainingForVCR": ("mlm", "mrfr", "mrc", "mrckl", "itm"),
     "UniterForVisualQuestionAnswering": ("vqa",),
     "UniterForVisualEntailment": ("ve",),
+    "UniterForVisualCommonsenseReasoning": ("vcr",),
 }
 # Reference class -> why it is not compared with anything of ours
 NOT_BUILT = {
-    "UniterForVisualCommonsenseReasoning": "not there yet",
     "UniterForNlvr2Paired": "not there yet",
     "UniterForNlvr2Triplet": "not there yet",
     "UniterForNlvr2PairedAttn": "not there yet",

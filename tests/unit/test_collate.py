@@ -51,6 +51,18 @@ def test_a_batch_holds_what_its_examples_hold_and_zeros() -> None:
     assert batch.targets["soft"][1].tolist() == examples[1].targets["soft"][0].tolist()
 
 
+def test_rows_of_one_sample_stay_together() -> None:
+    one, two = make_example(0, 3, 2), make_example(1, 5, 1)
+    further = dataclasses.replace(make_example(2, 4, 3), targets={})
+    batch = collate([dataclasses.replace(one, further_rows=(further,)), two], Reads.POOLED)
+    assert batch.ids == ("e0", "e1")
+    assert batch.text_lengths.tolist() == [3, 4, 5]
+    assert batch.region_counts.tolist() == [2, 3, 1]
+    assert (len(batch), batch.joint_length, batch.tokens) == (3, 7, 18)
+    assert batch.input_ids[1, :4].tolist() == further.input_ids.tolist()
+    assert len(batch.targets["soft"]) == 2
+
+
 def test_read_slots_count_text_first_and_line_up_with_targets() -> None:
     batch = collate([make_example(0, 3, 4, masked=2), make_example(1, 5, 2)], Reads.SLOTS)
     assert batch.read_slots is not None

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from tests.tiny import MANIFEST, VOCABULARY, tiny_module
 from tests.unit.pairs import batch_of_lengths, regions_of, sample_of
-from villa_ds.batch import Batch, Encoded, LossOutput
-from villa_ds.config import ObjectivesConfig
+from villa_ds.batch import Batch, Encoded, LossOutput, Reads, Sample
+from villa_ds.config import ObjectivesConfig, VcrConfig
+from villa_ds.data.collate import collate
 from villa_ds.errors import ConfigError, DataError
 from villa_ds.objectives.base import Objective, build_objective
 from villa_ds.rng import Stream
@@ -91,3 +92,86 @@ def test_divergence_is_summed_over_classes() -> None:
     p, q = first.softmax(-1), second.softmax(-1)
     expected = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean()
     torch.testing.assert_close(objective_of("ve").divergence(first, second), expected)
+
+
+def vcr_sample(**changes: object) -> Sample:
+    target: dict[str, object] = {
+        "answers": [[20], [21, 22], [23], [24]],
+        "rationales": [[30], [31], [32, 33, 34], [35]],
+        "answer": 1,
+        "rationale": 2,
+    }
+    return sample_of(pieces=(11, 12), target=target | changes)
+
+
+def test_vcr_rows() -> None:
+    example = objective_of("vcr").prepare(vcr_sample(), Stream("prepare", 0))
+    assert [row.input_ids.tolist() for row in example.rows] == [
+        [2, 11, 12, 3, 20, 3],
+        [2, 11, 12, 3, 21, 22, 3],
+        [2, 11, 12, 3, 23, 3],
+        [2, 11, 12, 3, 24, 3],
+        [2, 11, 12, 3, 21, 22, 3, 30, 3],
+        [2, 11, 12, 3, 21, 22, 3, 31, 3],
+        [2, 11, 12, 3, 21, 22, 3, 32, 33, 34, 3],
+        [2, 11, 12, 3, 21, 22, 3, 35, 3],
+    ]
+    assert example.rows[1].token_types.tolist() == [0, 0, 0, 2, 2, 2, 2]
+    assert example.rows[4].token_types.tolist() == [0, 0, 0, 2, 2, 2, 3, 3, 3]
+    assert example.targets["correct"].tolist() == [1, 2]
+    batch = collate([example, example], Reads.POOLED)
+    assert (len(batch), batch.ids) == (16, ("pair", "pair"))
+    assert batch.targets["correct"].tolist() == [1, 2, 1, 2]
+    assert batch.text_lengths[8:].tolist() == [6, 7, 6, 6, 9, 9, 11, 9]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": -1}, r"the right answer is -1, not in 0\.\.3"),
+        ({"rationale": None}, r"the right rationale is None, not in 0\.\.3"),
+        ({"answers": [[20], [21], [22]]}, "3 answers to choose from, expected 4"),
+        ({"rationales": [[30], [31], [], [33]]}, r"rationale \[\] is not word pieces in 0\.\.49"),
+        ({"answers": [[20], [21], [50], [22]]}, r"answer \[50\] is not word pieces in 0\.\.49"),
+    ],
+)
+def test_vcr_refuses_what_cannot_be_chosen_from(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=f"sample 'pair': {message}"):
+        objective_of("vcr").prepare(vcr_sample(**changes), Stream("prepare", 0))
+
+
+def rows_of(scores: list[list[float]]) -> Tensor:
+    """[B, 2] logits whose difference is the score."""
+    right = torch.tensor(scores, dtype=torch.float32).flatten()
+    return torch.stack([torch.zeros_like(right), right], dim=1)
+
+
+def test_vcr_loss_metrics_and_predictions_by_question() -> None:
+    objective = objective_of("vcr")
+    # two samples, each with an answer and a rationale to choose
+    logits = rows_of([[3, 1, 0, 0], [0, 0, 2, 1], [0, 5, 0, 0], [1, 0, 0, 0]])
+    output, batch, sums = output_of(objective, logits, correct=torch.tensor([0, 2, 1, 3]))
+    right = torch.eye(4)[batch.targets["correct"]].flatten().long()
+    torch.testing.assert_close(output.loss, F.cross_entropy(logits, right))
+    assert sums.pop("loss") == pytest.approx(float(output.loss))
+    assert sums == {"answer_accuracy": 1.0, "rationale_accuracy": 0.5, "accuracy": 0.5}
+    first, second = objective.predictions(output, batch)
+    assert first == {"answer": 0, "answer_scores": [3, 1, 0, 0], "rationale": 2, "rationale_scores": [0, 0, 2, 1]}
+    assert (second["answer"], second["rationale"]) == (1, 0)
+    assert objective.class_targets(batch).tolist() == [0, 2, 1, 3]  # type: ignore[union-attr]
+    assert objective.num_classes == 4
+
+    alone = objective_of("vcr", vcr=VcrConfig(questions="qar"))
+    _, _, sums = output_of(alone, logits, correct=torch.tensor([0, 2, 1, 3]))
+    assert (set(sums), sums["rationale_accuracy"]) == ({"loss", "rationale_accuracy"}, 0.75)
+
+
+def test_vcr_divergence_is_averaged_over_classes() -> None:
+    first, second = torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p, q = first.softmax(-1), second.softmax(-1)
+    torch.testing.assert_close(objective_of("vcr").divergence(first, second), ((p - q) * (p / q).log()).mean())
+
+
+def test_token_types_that_the_model_lacks() -> None:
+    with pytest.raises(ConfigError, match=r"type_vocab_size: 2 does not do: objective 'vcr' has 4 token types"):
+        objective_of("vcr").build_head(tiny_module().backbone)

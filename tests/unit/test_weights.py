@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from tests.tiny import VOCABULARY, tiny_module
 from villa_ds.errors import WeightsError
+from villa_ds.models.uniter import UniterBackbone
 from villa_ds.models.weights import (
+    Adaptation,
     initialize_from,
     load_reference,
     read_weights,
@@ -160,6 +162,44 @@ def test_shape_mismatch_names_the_tensor_and_both_shapes() -> None:
     with pytest.raises(WeightsError, match=message):
         load_reference(module, source)
     assert_holds(module, before)  # nothing was loaded
+
+
+def grown(types: int, words: int, *names: str) -> TrainModule:
+    """A tiny model with so many token types and so many words more than `weights` has."""
+    sizes = fresh().backbone.sizes
+    sizes = replace(sizes, type_vocab_size=types, vocabulary_size=sizes.vocabulary_size + words)
+    torch.manual_seed(0)
+    return TrainModule(UniterBackbone(sizes), fresh(*names).objectives.values())
+
+
+def test_tables_grow_as_the_objective_says() -> None:
+    source, module = weights("mlm"), grown(4, 3, "mlm")
+    before = to_reference(module.state_dict())
+    report = load_reference(module, source, [Adaptation(), Adaptation(type_rows=(0, 1, 0, 0), new_words=3)])
+    types, words = (source[f"uniter.embeddings.{name}_embeddings.weight"] for name in ("token_type", "word"))
+    own = before["uniter.embeddings.word_embeddings.weight"][-3:]
+    head = tuple(name for name in before if name.startswith("cls.") and "decoder" not in name)
+    assert set(report.missing) == set(head)  # the release makes this head anew
+    expected = {name: value for name, value in source.items() if not name.startswith("cls.")}
+    expected["uniter.embeddings.token_type_embeddings.weight"] = torch.cat([types, types[:1], types[:1]])
+    expected["uniter.embeddings.word_embeddings.weight"] = torch.cat([words, own])
+    assert_holds(module, expected | {name: before[name] for name in head})
+    again = grown(4, 3, "mlm")  # weights that lack nothing are loaded as they are
+    assert load_reference(again, to_reference(module.state_dict()), [Adaptation((0, 1, 0, 0), 3)]).missing == ()
+    assert_holds(again, to_reference(module.state_dict()))
+
+
+def test_a_third_type_starts_as_the_second() -> None:
+    source, module = weights(), grown(3, 0)
+    load_reference(module, source, [Adaptation(type_rows=(0, 1, 1))])
+    types = source["uniter.embeddings.token_type_embeddings.weight"]
+    assert_holds(module, {"uniter.embeddings.token_type_embeddings.weight": torch.cat([types, types[1:]])})
+
+
+@pytest.mark.parametrize(("types", "words"), [(3, 0), (4, 2), (2, 3)])
+def test_tables_grow_by_no_other_number(types: int, words: int) -> None:
+    with pytest.raises(WeightsError, match=r"weights do not fit the model: .*embeddings\.weight"):
+        load_reference(grown(types, words), weights(), [Adaptation(type_rows=(0, 1, 0, 0), new_words=4)])
 
 
 def test_other_types_are_converted() -> None:

@@ -17,26 +17,29 @@ from villa_ds.batch import Batch, Example, Reads
 def collate(examples: Sequence[Example], reads: Reads) -> Batch:
     """The batch of at least one example; the examples are left as they are, and nothing is shared with them.
 
+    The rows of one example stay together, so that B is the number of all their rows.
+
     Features keep their stored type (the widest among the examples). Targets are concatenated along axis 0, integers as
     int64, floats as float32 or wider. With `Reads.SLOTS` a row's read slots are its `read_text`, then its
     `read_regions`, in the order given, so that the packed ones line up with the targets.
     """
-    text_lengths = np.array([len(example.input_ids) for example in examples])
-    region_counts = np.array([len(example.features) for example in examples])
-    read_slots, read_packed = _pack_reads(examples, int(text_lengths.max())) if reads is Reads.SLOTS else (None, None)
+    rows = [row for example in examples for row in example.rows]
+    text_lengths = np.array([len(row.input_ids) for row in rows])
+    region_counts = np.array([len(row.features) for row in rows])
+    read_slots, read_packed = _pack_reads(rows, int(text_lengths.max())) if reads is Reads.SLOTS else (None, None)
     return Batch(
         ids=tuple(example.id for example in examples),
-        input_ids=_pad([example.input_ids for example in examples]),
-        token_types=_pad([example.token_types for example in examples]),
+        input_ids=_pad([row.input_ids for row in rows]),
+        token_types=_pad([row.token_types for row in rows]),
         text_lengths=torch.from_numpy(text_lengths),
-        features=_pad([example.features for example in examples]),
-        boxes=_pad([example.boxes for example in examples]),
-        region_types=_pad([example.region_types for example in examples]),
+        features=_pad([row.features for row in rows]),
+        boxes=_pad([row.boxes for row in rows]),
+        region_types=_pad([row.region_types for row in rows]),
         region_counts=torch.from_numpy(region_counts),
         joint_length=int((text_lengths + region_counts).max()),
         tokens=int((text_lengths + region_counts).sum()),
         reads=reads,
-        region_mask=_region_mask(examples),
+        region_mask=_region_mask(rows),
         read_slots=read_slots,
         read_packed=read_packed,
         targets=_pack_targets([example.targets for example in examples]),

@@ -8,8 +8,8 @@ encoder without prefix, and ``gamma`` / ``beta`` for LayerNorm's weight and bias
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load raises; nothing but tensors is unpickled
 
@@ -24,11 +24,24 @@ from villa_ds.models.backbone import Backbone
 
 FUSED, PARTS = ".qkv.", (".query.", ".key.", ".value.")
 FOREIGN_PREFIXES = ("bert",)  # BERT's, and published VILLA checkpoints'
+WORD_HEAD = "cls.predictions."
 LEGACY_NAMES = {"gamma": "weight", "beta": "bias"}
 TENSOR_SUFFIXES = (".pt", ".pth", ".bin")
 BERT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How weights of another task are made to fit an objective's model.
+
+    It only adds what the weights lack: weights that were trained for the objective are loaded as they are.
+    """
+
+    type_rows: tuple[int, ...] = (0, 1)  # for each row of the token type table the row that it starts from
+    new_words: int = 0  # rows at the end of the word table that the weights lack; these keep their initial values
+    copied_rows: Mapping[str, tuple[str, int]] = field(default_factory=dict)  # parameter of one row -> (another, row)
 
 
 @dataclass(frozen=True)
@@ -58,15 +71,19 @@ def _reference_views(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return views
 
 
-def load_reference(module: nn.Module, tensors: Mapping[str, Tensor]) -> LoadReport:
+def load_reference(
+    module: nn.Module, tensors: Mapping[str, Tensor], adaptations: Sequence[Adaptation] = ()
+) -> LoadReport:
     """Copy `tensors` (any of the layouts above) into `module`, a backbone or a module that holds one.
 
-    Of tied parameters one name suffices. A tensor of another shape, or tied names with different values, is a
-    `WeightsError`; names on one side only are logged and returned.
+    Of tied parameters one name suffices. What the weights lack is first made as `adaptations` say. A tensor of another
+    shape, or tied names with different values, is a `WeightsError`; names on one side only are logged and returned.
     """
     backbone = next(part for part in module.modules() if isinstance(part, Backbone))
     own = _own_views(module, backbone)
     given = _canonical(tensors, backbone)
+    for adaptation in adaptations:
+        given = _adapted(given, own, adaptation, backbone.prefix)
     shared = [name for name in own if name in given]
     differing = [
         f"{name} is {tuple(given[name].shape)}, the model's is {tuple(own[name].shape)}"
@@ -118,6 +135,28 @@ def _canonical(tensors: Mapping[str, Tensor], backbone: Backbone) -> dict[str, T
     return canonical
 
 
+def _adapted(
+    given: Mapping[str, Tensor], own: Mapping[str, Tensor], adaptation: Adaptation, prefix: str
+) -> dict[str, Tensor]:
+    """`given` with what `adaptation` adds to it; `own` are the model's parameters, both by the reference's names."""
+    adapted = dict(given)
+    types, words = f"{prefix}.embeddings.token_type_embeddings.weight", f"{prefix}.embeddings.word_embeddings.weight"
+    if types in given and len(given[types]) < len(own[types]) == len(adaptation.type_rows):
+        added = list(adaptation.type_rows[len(given[types]) :])
+        adapted[types] = torch.cat([given[types], given[types][added]])
+        _log.info("%s: %d rows added, copies of %s", types, len(added), added)
+    if words in given and 0 < adaptation.new_words == len(own[words]) - len(given[words]):
+        adapted[words] = torch.cat([given[words], own[words][len(given[words]) :].to(given[words].dtype)])
+        _log.info("%s: %d rows added, as initialised", words, adaptation.new_words)
+        # With another number of words the release makes its masked-language head anew.
+        adapted = {name: value for name, value in adapted.items() if not name.startswith(WORD_HEAD)}
+    for name, (source, row) in adaptation.copied_rows.items():
+        if name in own and name not in given and source in given:
+            adapted[name] = given[source][row : row + 1]
+            _log.info("%s: row %d of %s", name, row, source)
+    return adapted
+
+
 def _tell(report: LoadReport, loaded: int) -> None:
     _log.info("loaded %d tensors", loaded)
     if report.missing:
@@ -126,8 +165,13 @@ def _tell(report: LoadReport, loaded: int) -> None:
         _log.info("among the weights, left out: %s", ", ".join(report.unexpected))
 
 
-def initialize_from(module: nn.Module, path: str | Path, vocabulary: Vocabulary | None = None) -> LoadReport:
-    """Load a weights file, or a Hugging Face BERT folder, into `module`.
+def initialize_from(
+    module: nn.Module,
+    path: str | Path,
+    vocabulary: Vocabulary | None = None,
+    adaptations: Sequence[Adaptation] = (),
+) -> LoadReport:
+    """Load a weights file, or a Hugging Face BERT folder, into `module`; `adaptations` as for `load_reference`.
 
     With `vocabulary` (the data set's), a BERT folder with another vocabulary is refused: its word embeddings would
     belong to other words.
@@ -138,9 +182,9 @@ def initialize_from(module: nn.Module, path: str | Path, vocabulary: Vocabulary 
         _check_bert(path, backbone, vocabulary)
         for name in BERT_FILES:
             if (path / name).exists():
-                return load_reference(module, read_weights(path / name))
+                return load_reference(module, read_weights(path / name), adaptations)
         raise WeightsError(f"{path}: a BERT folder holds {' or '.join(BERT_FILES)}, this one neither")
-    return load_reference(module, read_weights(path))
+    return load_reference(module, read_weights(path), adaptations)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from villa_ds.config import ObjectivesConfig
 from villa_ds.data.manifest import Manifest
 from villa_ds.errors import ConfigError
 from villa_ds.models.backbone import Backbone
+from villa_ds.models.weights import Adaptation
 from villa_ds.rng import Stream
 
 Sums = Mapping[str, tuple[Tensor, Tensor]]
@@ -27,6 +28,8 @@ class Objective(abc.ABC):
     head_name: str  # key of the head in the trained module, the reference code's own; objectives may share one
     reads: Reads
     downstream: bool = False  # a head trained from scratch on pre-trained weights, at its own learning rate
+    num_classes: int | None = None  # of `class_targets`; None: as many as the logits have
+    adaptation: Adaptation = Adaptation()  # how pre-trained weights are made to fit
     negative_probability: float = 0.0  # share of pairs whose image the plan replaces by another
 
     @abc.abstractmethod
@@ -57,7 +60,7 @@ class Objective(abc.ABC):
         return []
 
     def class_targets(self, batch: Batch) -> Tensor | None:
-        """[M] int64, the class that is right for each item of the batch, among the classes of the logits.
+        """[M] int64, the class that is right for each item of the batch, below `num_classes`.
 
         Evaluation counts them for the majority baseline. None (the default) where there are no classes.
         """
@@ -69,6 +72,16 @@ def symmetric_kl(logits: Tensor, other: Tensor) -> Tensor:
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_p, log_q = logits.to(wide).log_softmax(-1), other.to(wide).log_softmax(-1)
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
+
+
+def require_types(backbone: Backbone, objective: Objective) -> None:
+    """ConfigError unless the model has the token types that `objective` uses."""
+    rows, wanted = backbone.sizes.type_vocab_size, len(objective.adaptation.type_rows)
+    if rows != wanted:
+        raise ConfigError(
+            f"model.type_vocab_size: {rows!r} does not do: objective {objective.name!r} has {wanted} token types; "
+            f"set it to {wanted} (smaller pre-trained tables are grown)"
+        )
 
 
 Builder = Callable[[str, ObjectivesConfig, Manifest], Objective]

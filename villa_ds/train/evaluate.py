@@ -47,7 +47,9 @@ def evaluate(
             observe(output, on_device)
         targets = objective.class_targets(on_device)
         if targets is not None:
-            counted = weight * torch.bincount(targets, minlength=output.logits.shape[-1]).to(torch.float64)
+            counted = weight * torch.bincount(targets, minlength=objective.num_classes or output.logits.shape[-1]).to(
+                torch.float64
+            )
             classes = counted if classes is None else classes + counted
     engine.module.train()
     results = sums.means(engine.sum_over_ranks)

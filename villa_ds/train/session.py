@@ -100,11 +100,12 @@ def load_initial_weights(module: TrainModule, path: Path, data: RunData) -> None
         raise ConfigError(
             f"initialize: {path} does not exist: give a run, a checkpoint, a weights file or a BERT folder"
         )
+    adaptations = [objective.adaptation for objective in data.objectives]
     if is_checkpoint(path):
         files = ParameterFiles(resolve_checkpoint(path))
-        load_reference(module, to_reference(files.state_dict()))
+        load_reference(module, to_reference(files.state_dict()), adaptations)
     else:
-        initialize_from(module, path, data.reference.vocabulary)
+        initialize_from(module, path, data.reference.vocabulary, adaptations)
 
 
 def rounding_warnings(recipe: Recipe, module: TrainModule) -> list[str]:

@@ -1,0 +1,116 @@
+"""What `prepare` makes of a sample against what the reference's data sets made of the same text."""
+
+import dataclasses
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from tests.parity.golden import documents
+from tests.parity.modules import manifest_of
+from villa_ds.batch import Example, ImageSpan, Regions, Sample
+from villa_ds.config import ObjectivesConfig, VcrConfig
+from villa_ds.data.manifest import Vocabulary
+from villa_ds.objectives.base import build_objective
+from villa_ds.rng import Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One item of a reference data set: what it returned, and the vocabulary it was made with."""
+
+    fields: dict[str, Any]
+    vocabulary: Vocabulary
+
+    def __getitem__(self, name: str) -> Any:
+        return self.fields[name]
+
+
+def vocabulary_of(document: dict[str, Any]) -> Vocabulary:
+    meta = document["txt_db"]["nlvr2"]["meta"]
+    low, size = meta["v_range"]
+    return Vocabulary(size, "", 0, meta["UNK"], meta["CLS"], meta["SEP"], meta["MASK"], low)
+
+
+def items(kind: str) -> list[Any]:
+    """Items of every stored data set of a kind."""
+    return [
+        pytest.param(Item(item, vocabulary_of(document.values[0])), id=f"{document.id}-{name}")
+        for document in documents("expected.json")
+        for name, item in document.values[0].get("datasets", {}).items()
+        if name.startswith(kind + "[")
+    ]
+
+
+def sample_of(pieces: list[int], counts: list[int], target: dict[str, object]) -> Sample:
+    """A text with images of so many regions; each feature is its region's number."""
+    stops = np.cumsum(counts)
+    count = int(stops[-1])
+    spans = tuple(
+        ImageSpan(f"i{place}", int(stop) - size, int(stop))
+        for place, (size, stop) in enumerate(zip(counts, stops, strict=True))
+    )
+    features = np.arange(count, dtype=np.float16)[:, None]
+    regions = Regions(features, np.zeros((count, 7), np.float32), None, spans)
+    return Sample("s", np.array(pieces, np.int32), regions, target)
+
+
+def prepared(name: str, item: Item, sample: Sample, settings: ObjectivesConfig) -> Example:
+    manifest = dataclasses.replace(manifest_of(item.vocabulary.size, 1), vocabulary=item.vocabulary)
+    return build_objective(name, settings, manifest).prepare(sample, Stream("layout", 0))
+
+
+def vcr_target(record: dict[str, Any]) -> dict[str, object]:
+    names = {"answers": "input_ids_as", "rationales": "input_ids_rs", "answer": "qa_target", "rationale": "qar_target"}
+    return {ours: record[theirs] for ours, theirs in names.items()}
+
+
+def assert_rows(example: Example, item: Item) -> None:
+    assert [row.input_ids.tolist() for row in example.rows] == item["input_ids"]
+    assert [row.token_types.tolist() for row in example.rows] == item["txt_type_ids"]
+
+
+def assert_vcr_training(item: Item, questions: Literal["qa", "qar"]) -> None:
+    record, regions = item["record"], item["n_boxes"]
+    sample = sample_of(record["input_ids"], [5, regions[0] - 5], vcr_target(record))
+    example = prepared("vcr", item, sample, ObjectivesConfig(vcr=VcrConfig(questions=questions)))
+    assert_rows(example, item)
+    assert [len(row.features) for row in example.rows] == regions
+    for row in example.rows:
+        np.testing.assert_array_equal(row.features[:, 0], np.arange(regions[0]))  # the annotated regions come first
+        assert (row.region_types == 1).all()
+    assert example.targets["correct"].tolist() == [item["targets"].index([1])]
+
+
+@pytest.mark.parametrize("item", items("vcr_train_qa"))
+def test_vcr_answers(item: Item) -> None:
+    assert_vcr_training(item, "qa")
+
+
+@pytest.mark.parametrize("item", items("vcr_train_qar"))
+def test_vcr_rationales(item: Item) -> None:
+    assert_vcr_training(item, "qar")
+
+
+@pytest.mark.parametrize("item", items("vcr_eval_val"))
+def test_vcr_evaluation(item: Item) -> None:
+    """The record is not stored, so it is cut out of the sequences; what is compared is their order and types."""
+    segments = [segments_of(sequence, item.vocabulary) for sequence in item["input_ids"]]
+    (answer,), (rationale,) = item["qa_target"], item["qar_target"]
+    target = {
+        "answers": [parts[1] for parts in segments[:4]],
+        "rationales": [parts[2] for parts in segments[4:]],
+        "answer": answer,
+        "rationale": rationale,
+    }
+    example = prepared("vcr", item, sample_of(segments[0][0], [2], target), ObjectivesConfig())
+    assert len(example.rows) == item["n_sequences"]
+    assert_rows(example, item)
+    assert example.targets["correct"].tolist() == [answer, rationale]
+
+
+def segments_of(sequence: list[int], vocabulary: Vocabulary) -> list[list[int]]:
+    """The texts between [CLS] and the separators."""
+    cuts = [place for place, piece in enumerate(sequence) if piece in (vocabulary.cls, vocabulary.sep)]
+    return [sequence[start + 1 : stop] for start, stop in pairwise(cuts)]
