@@ -2,10 +2,13 @@
 
 import argparse
 import errno
+import functools
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from villa_ds import __version__
 from villa_ds.config import load_recipe
@@ -25,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(misplaced or rest)}")
     if rest:
         parsed.overrides += rest
+    parsed.command_line = shlex.join(["villa-ds", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         result: int = parsed.run(parsed)
     except VillaError as error:
@@ -97,12 +101,29 @@ def _add_shards(command: argparse.ArgumentParser) -> None:
     action.add_argument("--images", type=_positive, default=None, help="take this many training images only")
     action.add_argument("--processes", type=_positive, default=None, help="worker processes")
     action.set_defaults(run=_shards_demo)
+    action = actions.add_parser("from-uniter-lmdb", help="shards from UNITER's image and text data bases")
+    action.add_argument("--images", required=True, metavar="IMG_DB", help="an LMDB folder; for VCR two, joined by ';'")
+    action.add_argument("--texts", required=True, type=Path, metavar="TXT_DB")
+    _add_conversion(action)
+    action.set_defaults(run=_shards_from_uniter_lmdb)
     action = actions.add_parser("verify", help="check structure, checksums, shapes and values of a shard set")
     action.add_argument("folder", type=Path)
     action.set_defaults(run=_shards_verify)
     action = actions.add_parser("stat", help="counts, lengths, vocabulary and label statistics of a shard set")
     action.add_argument("folder", type=Path)
     action.set_defaults(run=_shards_stat)
+
+
+def _add_conversion(action: argparse.ArgumentParser) -> None:
+    action.add_argument("--vocabulary", required=True, type=Path, metavar="vocab.txt")
+    action.add_argument(
+        "--extra-pieces", type=_positive, default=0, metavar="N", help="ids beyond the vocabulary; VCR has 81"
+    )
+    action.add_argument("--answers", type=Path, metavar="JSON", help="the answer list of question answering")
+    action.add_argument("--extractor", default="unknown", help="what computed the features, with its version")
+    action.add_argument("--source", default="", help="the data in words; default: the names of the files")
+    action.add_argument("--allow-rejected", action="store_true", help="leave out what cannot be converted")
+    action.add_argument("out", type=Path)
 
 
 def _positive(text: str) -> int:
@@ -175,6 +196,34 @@ def _shards_demo(parsed: argparse.Namespace) -> int:
     from villa_ds.data.convert.easy_vqa import demo  # noqa: PLC0415
 
     demo(parsed.out, images=parsed.images, processes=parsed.processes)
+    return 0
+
+
+def _shards_from_uniter_lmdb(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.convert.uniter_lmdb import from_uniter_lmdb  # noqa: PLC0415
+
+    return _convert(parsed, functools.partial(from_uniter_lmdb, parsed.out, parsed.images, parsed.texts))
+
+
+def _convert(parsed: argparse.Namespace, convert: Callable[..., Any]) -> int:
+    """Call a converter with its settings and print its account, also where it refuses."""
+    from villa_ds.data.convert.account import IncompleteError  # noqa: PLC0415
+    from villa_ds.data.convert.settings import load_settings  # noqa: PLC0415
+
+    settings = load_settings(
+        parsed.vocabulary,
+        parsed.answers,
+        command=parsed.command_line,
+        extractor=parsed.extractor,
+        source=parsed.source,
+        extra_pieces=parsed.extra_pieces,
+        allow_rejected=parsed.allow_rejected,
+    )
+    try:
+        print(convert(settings))
+    except IncompleteError as error:
+        print(error.account)
+        raise
     return 0
 
 
