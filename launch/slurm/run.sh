@@ -13,7 +13,7 @@ last=
 
 on_signal() {
     asked=yes last=none
-    # To srun, which passes USR1 on to every process of its step. TERM would make it end the step instead.
+    # To srun, which passes USR1 on to the tasks of its step. TERM would make it end the step instead.
     [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null || true
 }
 trap on_signal USR1 TERM

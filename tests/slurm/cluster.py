@@ -142,13 +142,13 @@ class Cluster:
         )  # fmt: skip
         return done.stdout.split() == ["idle"] * len(NODES)
 
-    def processes(self) -> list[str]:
-        """Daemons and processes of jobs, by what all of them have in their environment."""
-        mark, found = f"SLURM_CONF={self._file}\0".encode(), []
+    def processes(self) -> dict[int, list[str]]:
+        """Id and command of its daemons and of the processes of jobs, by what all of them have in their environment."""
+        mark, found = f"SLURM_CONF={self._file}\0".encode(), {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 if int(process.name) != os.getpid() and mark in (process / "environ").read_bytes():
-                    found.append((process / "cmdline").read_text().replace("\0", " "))
+                    found[int(process.name)] = (process / "cmdline").read_text().rstrip("\0").split("\0")
             except OSError:  # gone, or another user's
                 continue
         return found

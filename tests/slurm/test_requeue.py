@@ -3,7 +3,9 @@
 Two nodes of one rank each, ZeRO-1. `make test-slurm` installs what this needs.
 """
 
+import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ pytestmark = [
 STEPS = 120  # about ten seconds: a disturbance at step 10 meets a run that is far from its end
 PERIODIC = 50  # steps between checkpoints: the first lies behind the disturbances
 CPU_JOB = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--exclusive", "--time=30")
+NODE_SCRIPT = "launch/slurm/deepspeed-node.sh"
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
 
 
@@ -37,7 +40,7 @@ def cluster() -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="villa-slurm-") as folder:
         with Cluster(Path(folder), jobs) as running:
             yield running
-        assert running.processes() == []
+        assert running.processes() == {}
     assert not Path(folder).exists()
 
 
@@ -106,7 +109,7 @@ def near_time_limit(cluster: Cluster, training: Training) -> None:
     cluster.run("scancel", "--batch", "--signal=USR1", str(training.job.number))
 
 
-@pytest.mark.parametrize("script", ["pretrain", "finetune", "deepspeed"])
+@pytest.mark.parametrize("script", ["pretrain", "deepspeed"])
 def test_near_its_time_limit(cluster: Cluster, root: Path, reference: Path, tmp_path: Path, script: str) -> None:
     training = Training(cluster, root, tmp_path / "run", script)
     training.reach(10)
@@ -115,11 +118,25 @@ def test_near_its_time_limit(cluster: Cluster, root: Path, reference: Path, tmp_
     assert_same_run(training.run, reference)
 
 
-@pytest.mark.parametrize("notice", ["USR1", "TERM"])
-def test_preempted(cluster: Cluster, root: Path, reference: Path, tmp_path: Path, notice: str) -> None:
-    """By TERM to the ranks, as SLURM does by default; or as the job asked with --signal, where the admin allows it."""
-    cluster.reconfigure("SlurmctldParameters=preempt_send_user_signal" if notice == "USR1" else "")
-    training = Training(cluster, root, tmp_path / "run")
+def test_the_launcher_is_not_signalled(cluster: Cluster, root: Path, reference: Path, tmp_path: Path) -> None:
+    """Under proctrack/cgroup a signal reaches the step's tasks alone, not what they start."""
+    training = Training(cluster, root, tmp_path / "run", "deepspeed")
+    training.reach(10)
+    tasks = [process for process, command in cluster.processes().items() if NODE_SCRIPT in command[:2]]
+    assert len(tasks) == len(NODES)
+    for task in tasks:
+        os.kill(task, signal.SIGTERM)
+    saved_and_goes_on(training)
+    assert_same_run(training.run, reference)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "script"), [("", "finetune"), ("SlurmctldParameters=preempt_send_user_signal", "pretrain")]
+)
+def test_preempted(cluster: Cluster, root: Path, reference: Path, tmp_path: Path, parameters: str, script: str) -> None:
+    """With TERM to the ranks alone, as SLURM does by default; or as --signal says, where the admin allows it."""
+    cluster.reconfigure(parameters)
+    training = Training(cluster, root, tmp_path / "run", script)
     training.reach(10)
     preempt(cluster, training)
     saved_and_goes_on(training)
@@ -138,7 +155,7 @@ def saved_and_goes_on(training: Training) -> None:
 
 
 def test_a_node_fails(cluster: Cluster, root: Path, reference: Path, tmp_path: Path) -> None:
-    """SLURM requeues the job by itself. The last periodic checkpoint is there at least; ranks that still run save too."""
+    """SLURM requeues the job by itself. A periodic checkpoint is there at least; here ranks get to save as well."""
     training = Training(cluster, root, tmp_path / "run")
     training.reach(PERIODIC + 10)
     cluster.run("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=test")
