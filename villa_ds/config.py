@@ -132,6 +132,15 @@ class VcrConfig:
 
 
 @dataclass(frozen=True)
+class Nlvr2Config:
+    """Reasoning over two images."""
+
+    form: Literal["paired", "paired-attn", "triplet"] = (
+        "paired-attn"  # what the pair is read as; VILLA's is paired-attn
+    )
+
+
+@dataclass(frozen=True)
 class ObjectivesConfig:
     """Settings of the objectives; only those named under `tasks` are built."""
 
@@ -140,6 +149,7 @@ class ObjectivesConfig:
     itm: ItmConfig = ItmConfig()
     vqa: VqaConfig = VqaConfig()
     vcr: VcrConfig = VcrConfig()
+    nlvr2: Nlvr2Config = Nlvr2Config()
 
 
 @dataclass(frozen=True)

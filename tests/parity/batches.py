@@ -7,7 +7,7 @@ from torch import Tensor
 
 from villa_ds.batch import Batch, Reads
 
-TARGETS = {"vqa": "scores", "ve": "scores", "vcr": "correct"}  # objective -> name of its target
+TARGETS = {"vqa": "scores", "ve": "scores", "vcr": "correct", "nlvr2": "label"}  # objective -> name of its target
 
 
 def slot_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.parity.golden import Case
-from villa_ds.config import ItmConfig, ModelConfig, ObjectivesConfig, VqaConfig
+from villa_ds.config import ItmConfig, ModelConfig, Nlvr2Config, ObjectivesConfig, VqaConfig
 from villa_ds.data.manifest import Manifest, Vocabulary
 from villa_ds.models.weights import load_reference, to_reference
 from villa_ds.objectives.base import build_objective
@@ -21,12 +21,13 @@ BUILT = {
     "UniterForVisualQuestionAnswering": ("vqa",),
     "UniterForVisualEntailment": ("ve",),
     "UniterForVisualCommonsenseReasoning": ("vcr",),
+    "UniterForNlvr2Paired": ("nlvr2",),
+    "UniterForNlvr2Triplet": ("nlvr2",),
+    "UniterForNlvr2PairedAttn": ("nlvr2",),
 }
+FORMS = {"UniterForNlvr2Paired": "paired", "UniterForNlvr2Triplet": "triplet"}  # of NLVR2; otherwise paired-attn
 # Reference class -> why it is not compared with anything of ours
 NOT_BUILT = {
-    "UniterForNlvr2Paired": "not there yet",
-    "UniterForNlvr2Triplet": "not there yet",
-    "UniterForNlvr2PairedAttn": "not there yet",
     "UniterForReferringExpressionComprehension": "not there yet",
     "UniterForImageTextRetrieval": "not there yet",
     "UniterForImageTextRetrievalHardNeg": "hard negatives take a pass of their own to choose; not there yet",
@@ -70,7 +71,11 @@ def objectives_of(class_: str) -> tuple[str, ...]:
 def settings_of(model: dict[str, Any], itm_ot_lambda: float = 0.0) -> ObjectivesConfig:
     """The head options of a case's `model` entry as our settings."""
     kwargs = model["kwargs"]
-    return ObjectivesConfig(itm=ItmConfig(ot_weight=itm_ot_lambda), vqa=VqaConfig(num_answers=kwargs.get("num_answer")))
+    return ObjectivesConfig(
+        itm=ItmConfig(ot_weight=itm_ot_lambda),
+        vqa=VqaConfig(num_answers=kwargs.get("num_answer")),
+        nlvr2=Nlvr2Config(form=FORMS.get(model["class"], "paired-attn")),
+    )
 
 
 def build(

@@ -10,7 +10,7 @@ import pytest
 from tests.parity.golden import documents
 from tests.parity.modules import manifest_of
 from villa_ds.batch import Example, ImageSpan, Regions, Sample
-from villa_ds.config import ObjectivesConfig, VcrConfig
+from villa_ds.config import Nlvr2Config, ObjectivesConfig, VcrConfig
 from villa_ds.data.manifest import Vocabulary
 from villa_ds.objectives.base import build_objective
 from villa_ds.rng import Stream
@@ -114,3 +114,30 @@ def segments_of(sequence: list[int], vocabulary: Vocabulary) -> list[list[int]]:
     """The texts between [CLS] and the separators."""
     cuts = [place for place, piece in enumerate(sequence) if piece in (vocabulary.cls, vocabulary.sep)]
     return [sequence[start + 1 : stop] for start, stop in pairwise(cuts)]
+
+
+@pytest.mark.parametrize("item", items("nlvr2_paired"))
+def test_nlvr2_paired(item: Item) -> None:
+    text, target = item["input_ids"][0][1:-1], {"label": item["target"]}
+    for form in ("paired", "paired-attn"):
+        settings = ObjectivesConfig(nlvr2=Nlvr2Config(form=form))
+        rows = prepared("nlvr2", item, sample_of(text, item["n_boxes"], target), settings).rows
+        assert [row.input_ids.tolist() for row in rows] == item["input_ids"]
+        assert [row.region_types.tolist() for row in rows] == item["img_type_ids"]
+        assert [len(row.input_ids) + len(row.features) for row in rows] == item["attn_len"]
+        assert rows[0].targets["label"].tolist() == [item["target"]]
+        left, right = item["n_boxes"]
+        assert rows[0].features[:, 0].tolist() == list(range(left))
+        assert rows[1].features[:, 0].tolist() == list(range(left, left + right))
+
+
+@pytest.mark.parametrize("item", items("nlvr2_triplet"))
+def test_nlvr2_triplet(item: Item) -> None:
+    types = item["img_type_ids"]
+    sample = sample_of(item["input_ids"][1:-1], [types.count(1), types.count(2)], {"label": item["target"]})
+    (row,) = prepared("nlvr2", item, sample, ObjectivesConfig(nlvr2=Nlvr2Config(form="triplet"))).rows
+    assert row.input_ids.tolist() == item["input_ids"]
+    assert row.region_types.tolist() == types
+    assert len(row.features) == item["n_boxes"]
+    assert row.features[:, 0].tolist() == list(range(item["n_boxes"]))
+    assert row.targets["label"].tolist() == [item["target"]]

@@ -39,6 +39,7 @@ ORDER = (
     "data.convert.settings",
     "data.convert.region_files",
     "data.convert.join",
+    "data.convert.jsonl",
     "data.convert.uniter_images",
     "data.convert.*",
     "data.line",
@@ -63,6 +64,7 @@ ORDER = (
     "objectives.inputs",
     "objectives.ot",
     "objectives.heads",
+    "objectives.pairs",
     "objectives.answers",
     "objectives.*",
     "objectives.__init__",  # imports the objectives, which register themselves

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from tests.tiny import MANIFEST, VOCABULARY, tiny_module
 from tests.unit.pairs import batch_of_lengths, regions_of, sample_of
-from villa_ds.batch import Batch, Encoded, LossOutput, Reads, Sample
-from villa_ds.config import ObjectivesConfig, VcrConfig
+from villa_ds.batch import Batch, Encoded, ImageSpan, LossOutput, Reads, Regions, Sample
+from villa_ds.config import Nlvr2Config, ObjectivesConfig, VcrConfig
 from villa_ds.data.collate import collate
 from villa_ds.errors import ConfigError, DataError
+from villa_ds.models.uniter import UniterBackbone
 from villa_ds.objectives.base import Objective, build_objective
 from villa_ds.rng import Stream
 
@@ -175,3 +176,68 @@ def test_vcr_divergence_is_averaged_over_classes() -> None:
 def test_token_types_that_the_model_lacks() -> None:
     with pytest.raises(ConfigError, match=r"type_vocab_size: 2 does not do: objective 'vcr' has 4 token types"):
         objective_of("vcr").build_head(tiny_module().backbone)
+
+
+def two_images(left: int = 2, right: int = 3) -> Regions:
+    regions = regions_of(left + right)
+    return replace(regions, images=(ImageSpan("left", 0, left), ImageSpan("right", left, left + right)))
+
+
+def test_nlvr2_forms() -> None:
+    sample = sample_of(image=two_images(), target={"label": 1})
+    for form in ("paired", "paired-attn"):
+        example = objective_of("nlvr2", nlvr2=Nlvr2Config(form=form)).prepare(sample, Stream("prepare", 0))
+        left, right = example.rows
+        np.testing.assert_array_equal(left.features, sample.regions.features[:2])
+        np.testing.assert_array_equal(right.features, sample.regions.features[2:])
+        np.testing.assert_array_equal(right.boxes, sample.regions.boxes[2:])
+        assert (left.region_types.tolist(), right.region_types.tolist()) == ([1, 1], [2, 2, 2])
+        assert left.input_ids.tolist() == right.input_ids.tolist()
+    objective = objective_of("nlvr2", nlvr2=Nlvr2Config(form="triplet"))
+    (row,) = objective.prepare(sample, Stream("prepare", 0)).rows
+    np.testing.assert_array_equal(row.features, sample.regions.features)
+    assert row.region_types.tolist() == [1, 1, 2, 2, 2]
+    assert row.targets["label"].tolist() == [1]
+    assert objective_of("nlvr2").reads is Reads.ALL
+
+
+def test_nlvr2_refuses() -> None:
+    with pytest.raises(DataError, match="sample 'pair': label None is neither 0"):
+        objective_of("nlvr2").prepare(sample_of(image=two_images()), Stream("prepare", 0))
+    with pytest.raises(DataError, match="sample 'pair': 1 images, expected a left and a right one"):
+        objective_of("nlvr2").prepare(sample_of(target={"label": 0}), Stream("prepare", 0))
+
+
+def test_nlvr2_loss_accuracy_and_prediction() -> None:
+    objective = objective_of("nlvr2", nlvr2=Nlvr2Config(form="triplet"))
+    logits, label = torch.tensor([[1.0, 0], [0, 2], [0, 1]]), torch.tensor([0, 1, 0])
+    output, batch, sums = output_of(objective, logits, label=label)
+    torch.testing.assert_close(output.loss, F.cross_entropy(logits, label))
+    assert sums == {"loss": pytest.approx(float(output.loss)), "accuracy": pytest.approx(2 / 3)}
+    rows = objective.predictions(output, batch)
+    assert [(row["answer"], row["label"]) for row in rows] == [(False, 0), (True, 1), (True, 0)]
+    assert rows[1]["true_probability"] == pytest.approx(float(logits[1].softmax(0)[1]))
+    assert objective.class_targets(batch) is label
+
+
+def test_paired_attention_is_xavier_and_the_rest_is_bert_s() -> None:
+    sizes = replace(tiny_module().backbone.sizes, type_vocab_size=3, hidden_size=64, initializer_range=0.001)
+    torch.manual_seed(0)
+    head = objective_of("nlvr2").build_head(UniterBackbone(sizes))
+    spread = {name: float(value.detach().std()) for name, value in head.named_parameters() if value.dim() == 2}
+    packed = {name for name in spread if "in_proj" in name}
+    assert len(packed) == 2
+    for name in packed:  # uniform within sqrt(6 / (H + 3 H))
+        assert spread[name] == pytest.approx((6 / 256) ** 0.5 / 3**0.5, rel=0.05)
+    assert all(spread[name] == pytest.approx(0.001, rel=0.3) for name in set(spread) - packed)
+
+
+def test_paired_attention_heeds_no_padding() -> None:
+    sizes = replace(tiny_module().backbone.sizes, type_vocab_size=3)
+    torch.manual_seed(0)
+    head = objective_of("nlvr2").build_head(UniterBackbone(sizes))
+    states, valid = torch.randn(4, 7, 16), torch.arange(7) < torch.tensor([[7], [4], [5], [6]])
+    moved = torch.where(valid[..., None], states, states + 9)
+    torch.testing.assert_close(head(moved, valid), head(states, valid))
+    swapped = head(states[[1, 0, 3, 2]], valid[[1, 0, 3, 2]])
+    assert not torch.allclose(swapped, head(states, valid))

@@ -1,7 +1,8 @@
 """Read weights of UNITER, VILLA and BERT by their own key names, and write them back.
 
-The reference's layout is a plain mapping name -> tensor. It differs from ours in one point: query, key and value
-projections are three tensors each there, one here. Names that are read besides: VILLA's prefix ``bert.``, a bare
+The reference's layout is a plain mapping name -> tensor. It differs from ours in two points: query, key and value
+projections are three tensors each there, one here; and a head of several parts holds under ``HEAD.beside.PART`` what is
+plain ``PART`` there. Names that are read besides: VILLA's prefix ``bert.``, a bare
 encoder without prefix, and ``gamma`` / ``beta`` for LayerNorm's weight and bias.
 """
 
@@ -24,6 +25,7 @@ from villa_ds.models.backbone import Backbone
 
 FUSED, PARTS = ".qkv.", (".query.", ".key.", ".value.")
 FOREIGN_PREFIXES = ("bert",)  # BERT's, and published VILLA checkpoints'
+BESIDE = ".beside."
 WORD_HEAD = "cls.predictions."
 LEGACY_NAMES = {"gamma": "weight", "beta": "bias"}
 TENSOR_SUFFIXES = (".pt", ".pth", ".bin")
@@ -53,7 +55,8 @@ class LoadReport:
 
 
 def reference_names(name: str) -> tuple[str, ...]:
-    """The reference's names of our parameter `name`: three for a joined projection, in row order, otherwise itself."""
+    """The reference's names of our parameter `name`: three for a joined projection, in row order, otherwise one."""
+    name = name.rpartition(BESIDE)[2]
     return tuple(name.replace(FUSED, part) for part in PARTS) if FUSED in name else (name,)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from villa_ds.batch import Example, Regions, Sample
+from villa_ds.batch import Example, ImageSpan, Regions, Sample
 from villa_ds.data.manifest import Vocabulary
 
 TEXT_TYPE, REGION_TYPE = 0, 1  # rows of the token type table
@@ -20,4 +20,16 @@ def plain_example(sample: Sample, regions: Regions, vocabulary: Vocabulary) -> E
         features=regions.features,
         boxes=regions.boxes,
         region_types=np.full(count, REGION_TYPE, dtype=np.int64),
+    )
+
+
+def image_regions(regions: Regions, place: int) -> Regions:
+    """The regions of one image of a group; arrays stay views."""
+    span = regions.images[place]
+    rows = slice(span.start, span.stop)
+    return Regions(
+        features=regions.features[rows],
+        boxes=regions.boxes[rows],
+        labels=None if regions.labels is None else regions.labels[rows],
+        images=(ImageSpan(span.name, 0, span.stop - span.start),),
     )
