@@ -5,9 +5,12 @@ all ranks at the end of an optimizer step (`villa_ds.train.loop`).
 """
 
 import atexit
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Mapping
+from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -33,18 +36,43 @@ class StopRequest:
         # away, and exit code 75 would become 143.
         atexit.register(_ignore_stop_signals)
         if "LOCAL_RANK" in os.environ:  # of deepspeed's launcher or torchrun; `srun` sets none
-            threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True, name="parent-watch").start()
+            lineage = _launchers()
+            threading.Thread(target=self._watch_launchers, args=(lineage,), daemon=True, name="launcher-watch").start()
         return self
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
 
-    def _watch_parent(self, parent: int) -> None:
+    def _watch_launchers(self, lineage: Mapping[int, int]) -> None:
         pause = threading.Event()
         while not pause.wait(PARENT_POLL_S):
-            if os.getppid() != parent:
+            if any(_parent(process) != parent for process, parent in lineage.items()):
                 self.reason = self.reason or "the launcher's death"
                 return
+
+
+def _launchers() -> dict[int, int]:
+    """Process -> its parent: of this rank and, under `deepspeed`, whose two launchers die one by one, of its parent.
+
+    Other launchers' parents are shells and the like, which a job may well outlive.
+    """
+    lineage = {os.getpid(): os.getppid()}
+    above = _parent(os.getppid())
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{above}/cmdline").read_bytes().split(b"\0")
+        if any(word.endswith((b"/deepspeed", b"launcher.runner", b"launcher/runner.py")) for word in command):
+            lineage[os.getppid()] = above
+    return lineage
+
+
+def _parent(process: int) -> int:
+    """A process's parent, 0 if that cannot be known."""
+    if process == os.getpid():
+        return os.getppid()
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _ignore_stop_signals() -> None:
