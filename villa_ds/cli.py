@@ -8,12 +8,16 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from villa_ds import __version__
 from villa_ds.config import load_recipe
 from villa_ds.errors import VillaError
 from villa_ds.resources import find_recipe
+
+if TYPE_CHECKING:
+    from villa_ds.data.convert.account import Account
+    from villa_ds.data.convert.settings import Settings
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)  # not of our making
 
@@ -106,6 +110,26 @@ def _add_shards(command: argparse.ArgumentParser) -> None:
     action.add_argument("--texts", required=True, type=Path, metavar="TXT_DB")
     _add_conversion(action)
     action.set_defaults(run=_shards_from_uniter_lmdb)
+    action = actions.add_parser("from-npz", help="shards from a folder of .npz region files and texts as JSON lines")
+    action.add_argument("--features", required=True, type=Path, metavar="FOLDER")
+    action.add_argument("--texts", required=True, type=Path, metavar="JSONL")
+    chosen = action.add_mutually_exclusive_group()
+    chosen.add_argument("--boxes", type=_positive, default=None, help="keep the first so many regions of an image")
+    chosen.add_argument("--confidence", type=float, default=None, help="keep regions above it, as UNITER's 0.2")
+    action.add_argument("--min-boxes", type=_positive, default=10, help="with --confidence: at least so many")
+    action.add_argument("--max-boxes", type=_positive, default=100, help="with --confidence: at most so many")
+    _add_conversion(action)
+    action.set_defaults(run=_shards_from_npz)
+    action = actions.add_parser("from-tsv", help="shards from bottom-up-attention or LXMERT .tsv files and JSON lines")
+    action.add_argument("--features", required=True, action="append", type=Path, metavar="TSV", help="may be repeated")
+    action.add_argument("--texts", required=True, type=Path, metavar="JSONL")
+    action.add_argument("--detector-classes", type=_positive, default=1601, help="background included")
+    _add_conversion(action)
+    action.set_defaults(run=_shards_from_tsv)
+    action = actions.add_parser("to-npz", help="a shard set back as .npz region files and JSON lines")
+    action.add_argument("folder", type=Path)
+    action.add_argument("out", type=Path)
+    action.set_defaults(run=_shards_to_npz)
     action = actions.add_parser("verify", help="check structure, checksums, shapes and values of a shard set")
     action.add_argument("folder", type=Path)
     action.set_defaults(run=_shards_verify)
@@ -205,7 +229,31 @@ def _shards_from_uniter_lmdb(parsed: argparse.Namespace) -> int:
     return _convert(parsed, functools.partial(from_uniter_lmdb, parsed.out, parsed.images, parsed.texts))
 
 
-def _convert(parsed: argparse.Namespace, convert: Callable[..., Any]) -> int:
+def _shards_from_npz(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.convert.npz import from_npz  # noqa: PLC0415
+    from villa_ds.data.convert.region_files import Selection  # noqa: PLC0415
+
+    keep = parsed.boxes
+    if parsed.confidence is not None:
+        keep = Selection(parsed.confidence, parsed.min_boxes, parsed.max_boxes)
+    return _convert(parsed, functools.partial(from_npz, parsed.out, parsed.features, parsed.texts, keep=keep))
+
+
+def _shards_from_tsv(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.convert.tsv import from_tsv  # noqa: PLC0415
+
+    convert = functools.partial(from_tsv, parsed.out, parsed.features, parsed.texts)
+    return _convert(parsed, convert, detector_classes=parsed.detector_classes)
+
+
+def _shards_to_npz(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.convert.to_npz import to_npz  # noqa: PLC0415
+
+    print(f"{parsed.out}: {to_npz(parsed.folder, parsed.out)} images")
+    return 0
+
+
+def _convert(parsed: argparse.Namespace, convert: "Callable[[Settings], Account]", detector_classes: int = 0) -> int:
     """Call a converter with its settings and print its account, also where it refuses."""
     from villa_ds.data.convert.account import IncompleteError  # noqa: PLC0415
     from villa_ds.data.convert.settings import load_settings  # noqa: PLC0415
@@ -217,6 +265,7 @@ def _convert(parsed: argparse.Namespace, convert: Callable[..., Any]) -> int:
         extractor=parsed.extractor,
         source=parsed.source,
         extra_pieces=parsed.extra_pieces,
+        detector_classes=detector_classes,
         allow_rejected=parsed.allow_rejected,
     )
     try:

@@ -245,3 +245,19 @@ def test_items_of_the_original_data_sets(golden: Golden, flavours: dict[str, Con
             assert len(regions.features) == item["n_boxes"][0]
         seen.add(kind)
     assert len(seen) == 6
+
+
+def test_region_files_by_the_original_selection(golden: Golden, tmp_path: Path) -> None:
+    """From the source files, `--confidence` keeps the regions that the original's data bases have."""
+    said, flavour = golden.expected["parameters"], golden.expected["img_db"]["threshold"]
+    source = golden.folder / "npz" / Path(flavour["directory"]).parent.name
+    texts = tmp_path / "texts.jsonl"
+    names = [path.stem for path in sorted(source.iterdir())]
+    texts.write_text("".join(json.dumps({"image": name, "id": name, "text": "the"}) + "\n" for name in names))
+    command = ["shards", "from-npz", "--features", str(source), "--texts", str(texts)]
+    limits = ["--confidence", said["conf_th"], "--min-boxes", said["min_bb"], "--max-boxes", said["max_bb"]]
+    out = tmp_path / "out"
+    assert main([*command, *map(str, limits), "--vocabulary", str(golden.vocabulary), str(out)]) == 0
+    manifest = load_manifest(out)
+    counts = dict(zip(names, manifest.index["group_regions"].tolist(), strict=True))
+    assert {f"{name}.npz": count for name, count in counts.items()} == flavour["n_boxes_returned"]

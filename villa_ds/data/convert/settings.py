@@ -33,6 +33,7 @@ def load_settings(
     extractor: str = "unknown",
     source: str = "",
     extra_pieces: int = 0,
+    detector_classes: int = 0,
     allow_rejected: bool = False,
 ) -> Settings:
     """Settings with a vocabulary and an answer list read from their files; DataError names what is wrong with them."""
@@ -43,6 +44,7 @@ def load_settings(
         source=source,
         answers=() if answers is None else read_answers(answers),
         extra_pieces=extra_pieces,
+        detector_classes=detector_classes,
         allow_rejected=allow_rejected,
     )
 

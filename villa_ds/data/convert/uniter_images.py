@@ -77,7 +77,12 @@ class LmdbImages:
             self._fixed = int(match[1])
         elif match := _THRESHOLD.fullmatch(flavour):
             self._counts = _read_counts(self.folder.parent / f"nbb_{match[1]}.json")
-        self._reader = open_lmdb(self.folder).begin()
+        self._environment = open_lmdb(self.folder)
+        self._reader = self._environment.begin()
+
+    def close(self) -> None:
+        """Close the data base."""
+        self._environment.close()
 
     @property
     def label(self) -> str:

@@ -10,6 +10,7 @@ Section 9 of tests/golden/FACTS.md describes both. Targets, by what a record hol
                              "image_size": [width, height]}; no "region" with detected regions
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,14 @@ def from_uniter_lmdb(out: str | Path, images: str, texts: str | Path, settings: 
     The widths of features and labels are those stored. DataError if the text data base was made with another
     vocabulary; otherwise as `join.convert`.
     """
-    sources = [LmdbImages(part) for part in images.split(";")]
-    if len(sources) > 1:  # a record names the file of ground-truth boxes first, as the reference's reader expects
-        sources.sort(key=lambda source: "gt" not in source.folder.parent.name + source.folder.name)
-    detected = len(sources) == 1 and sources[0].holds(_DETECTED)
-    names = ", ".join([*(source.label for source in sources), Path(texts).name])
-    return convert(out, sources, UniterTexts(Path(texts), settings, detected), settings, f"UNITER data bases {names}")
+    with contextlib.ExitStack() as stack:
+        sources = [stack.enter_context(contextlib.closing(LmdbImages(part))) for part in images.split(";")]
+        if len(sources) > 1:  # a record names the file of ground-truth boxes first, as the reference's reader expects
+            sources.sort(key=lambda source: "gt" not in source.label)
+        detected = len(sources) == 1 and sources[0].holds(_DETECTED)
+        rows = stack.enter_context(contextlib.closing(UniterTexts(Path(texts), settings, detected)))
+        names = ", ".join([*(source.label for source in sources), Path(texts).name])
+        return convert(out, sources, rows, settings, f"UNITER data bases {names}")
 
 
 class UniterTexts:
@@ -58,7 +61,8 @@ class UniterTexts:
         self._folder, self._detected = folder, detected
         self._pieces, self._answers = settings.pieces, settings.answers
         check_vocabulary(folder, settings.pieces[: len(settings.pieces) - settings.extra_pieces])
-        self._reader = open_lmdb(folder).begin()
+        self._environment = open_lmdb(folder)
+        self._reader = self._environment.begin()
         lengths = [read_json(folder / name) for name in _LENGTHS if (folder / name).exists()]
         if not lengths or not all(isinstance(item, dict) for item in lengths):
             raise DataError(f"{folder}: no id2len.json, which lists the texts, or it is no JSON object")
@@ -67,6 +71,10 @@ class UniterTexts:
         self._images: dict[str, Any] = _optional(folder / "txt2img.json", {})
         self._check_image_lists()
         self._pictures = _pictures(folder)
+
+    def close(self) -> None:
+        """Close the data base."""
+        self._environment.close()
 
     def _check_image_lists(self) -> None:
         """DataError if img2txts.json, of retrieval, contradicts txt2img.json."""
