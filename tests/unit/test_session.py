@@ -18,7 +18,7 @@ def test_a_step_below_the_formats_resolution_is_warned_of() -> None:
 
     def warnings(precision: str, step: float, modality: str = "text") -> list[str]:
         adversary = AdversaryConfig(modality=modality, text=ModalityConfig(step), image=ModalityConfig(step))
-        phases = (PhaseConfig("plain", 1), PhaseConfig("strong", 1, adversary))
+        phases = (PhaseConfig("plain", 5), PhaseConfig("strong", 5, adversary))
         changed = dataclasses.replace(recipe, phases=phases, engine=EngineConfig(precision=precision))
         return rounding_warnings(changed, module)
 
