@@ -8,6 +8,8 @@ Shape legend: n regions of an image as stored, r as kept, D feature width, C det
     soft_labels  [n, C]   detector distribution, class 0 the background; may be absent
 """
 
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -26,6 +28,12 @@ FIELDS = ("features", "norm_bb", "conf", "soft_labels")  # others, as `allow_pic
 UNREADABLE = "unreadable"
 WRONG_COUNTS = "with counts that contradict each other"
 Fields = Mapping[str, NDArray[Any]]
+# What zipfile, zlib, numpy and msgpack raise on damaged bytes, as fuzzing and their sources tell. RuntimeError: a bit
+# that says "encrypted"; SyntaxError: an array's type that is no type; MemoryError: a shape beyond the machine.
+DAMAGE = (
+    *(ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, RuntimeError, SyntaxError, MemoryError),
+    *(OverflowError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ def read_npz(name: str, file: Path | IO[bytes]) -> Fields:
             if not isinstance(stored, np.lib.npyio.NpzFile):
                 raise ValueError("a single array, not a zip of several")
             return {field: stored[field] for field in FIELDS if field in stored.files}
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except DAMAGE as error:
         raise RejectionError(name, UNREADABLE, f"cannot be read as .npz: {error}") from None
 
 

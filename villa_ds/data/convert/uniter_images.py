@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from villa_ds.data.convert.account import RejectionError, Tally
-from villa_ds.data.convert.region_files import FIELDS, SUFFIX, UNREADABLE, Fields, bare, image_of, read_npz
+from villa_ds.data.convert.region_files import DAMAGE, FIELDS, SUFFIX, UNREADABLE, Fields, bare, image_of, read_npz
 from villa_ds.data.writer import Image
 from villa_ds.errors import DataError
 
@@ -149,7 +149,7 @@ def unpack_fields(name: str, value: bytes) -> Fields:
         if not isinstance(stored, dict):
             raise ValueError("not a map")
         return {field: _unpack_array(stored[field.encode()]) for field in FIELDS if field.encode() in stored}
-    except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+    except (*DAMAGE, msgpack.UnpackException) as error:
         raise RejectionError(name, UNREADABLE, f"cannot be unpacked: {type(error).__name__} {error}") from None
 
 

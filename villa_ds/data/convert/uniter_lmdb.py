@@ -18,7 +18,7 @@ from typing import Any
 from villa_ds.data.contract import text_problems
 from villa_ds.data.convert.account import Account, RejectionError, Tally
 from villa_ds.data.convert.join import CONTRACT, Names, Place, convert
-from villa_ds.data.convert.region_files import UNREADABLE, bare
+from villa_ds.data.convert.region_files import DAMAGE, UNREADABLE, bare
 from villa_ds.data.convert.settings import Settings
 from villa_ds.data.convert.uniter_images import LmdbImages, open_lmdb, read_json
 from villa_ds.data.writer import Text
@@ -121,7 +121,7 @@ class UniterTexts:
             raise RejectionError(identifier, "without a record", "listed, but has no record")
         try:
             record = msgpack.unpackb(lz4.frame.decompress(value), raw=False)
-        except (RuntimeError, ValueError, msgpack.UnpackException) as error:
+        except (*DAMAGE, msgpack.UnpackException) as error:
             raise RejectionError(identifier, UNREADABLE, f"cannot be unpacked: {error}") from None
         if not isinstance(record, dict):
             raise RejectionError(identifier, UNREADABLE, "is not a map")
