@@ -17,14 +17,8 @@ import record
 import torch
 
 from villa_ds.batch import Batch, ImageSpan, Regions, Sample
-from villa_ds.config import (
-    AdversaryConfig,
-    EngineConfig,
-    ModalityConfig,
-    ModelConfig,
-    ObjectivesConfig,
-    OptimizerConfig,
-)
+from villa_ds.config import AdversaryConfig, EngineConfig, ModalityConfig, ModelConfig, OptimizerConfig
+from villa_ds.config_objectives import ObjectivesConfig
 from villa_ds.data.collate import collate
 from villa_ds.data.manifest import Manifest, Vocabulary
 from villa_ds.objectives.base import Objective, build_objective

@@ -15,6 +15,7 @@ class Plain:
 
     name: str
     negative_probability: float = 0.0
+    rows: int = 1
     reads: Reads = Reads.POOLED
 
     def prepare(self, sample: Sample, stream: Stream) -> Example:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from villa_ds.batch import Batch, ImageSpan, Regions, Sample
-from villa_ds.config import ItmConfig, ModelConfig, ObjectivesConfig
+from villa_ds.config import ModelConfig
+from villa_ds.config_objectives import ItmConfig, ObjectivesConfig
 from villa_ds.data.collate import collate
 from villa_ds.data.manifest import Manifest, Vocabulary
 from villa_ds.objectives import itm, mlm, mrm, vqa  # noqa: F401  (registers the objectives)

@@ -9,7 +9,7 @@ T..T+R-1.
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,6 +49,7 @@ class Sample:
     regions: Regions
     target: Mapping[str, object]  # the text's own targets as stored, e.g. {"labels": [3], "scores": [1.0]}
     negative: Regions | None = None  # the mismatched image that the plan chose, if any
+    negative_texts: Sequence[Sequence[int]] = ()  # word pieces of that image's texts
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from villa_ds.batch import Batch, Reads
+from villa_ds.objectives.refexp import HARDEST
 
 TARGETS = {"vqa": "scores", "ve": "scores", "vcr": "correct", "nlvr2": "label"}  # objective -> name of its target
 
@@ -15,6 +16,9 @@ def slot_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
     if "txt_labels" in inputs:
         text = inputs["txt_labels"] != -1
         return torch.cat([text, text.new_zeros(inputs["img_feat"].shape[:2])], dim=1)
+    if "obj_masks" in inputs:
+        regions = ~inputs["obj_masks"]
+        return torch.cat([regions.new_zeros(inputs["input_ids"].shape), regions], dim=1)
     if "img_masks" in inputs:
         regions = inputs["img_masks"]
         return torch.cat([regions.new_zeros(inputs["input_ids"].shape), regions], dim=1)
@@ -23,7 +27,12 @@ def slot_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
 
 def targets_of(objective: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The stored targets of a downstream case in the form that our objective prepares."""
+    if objective == "retrieval":
+        return {}  # a group's first row is the matched one
     targets = inputs["targets"]
+    if objective == "refexp":
+        region = targets.view(-1)
+        return {"region": region, "negative": torch.full_like(region, HARDEST)}
     if objective == "vcr":
         right = targets.view(-1, 4)  # rows of one question
         assert right.tolist() == torch.eye(4)[right.argmax(1)].tolist()
@@ -56,7 +65,7 @@ def batch_of(
     mask = slot_mask(inputs) if reads is Reads.SLOTS else None
     slots, packed = pack(mask) if mask is not None else (None, None)
     batch = Batch(
-        ids=tuple(map(str, range(rows))),
+        ids=tuple(map(str, range(rows // int(inputs.get("sample_size", 1))))),
         input_ids=input_ids,
         token_types=inputs.get("txt_type_ids", torch.zeros_like(input_ids)),
         text_lengths=inputs.get("txt_lens", none),

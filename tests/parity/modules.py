@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from tests.parity.golden import Case
-from villa_ds.config import ItmConfig, ModelConfig, Nlvr2Config, ObjectivesConfig, VqaConfig
+from villa_ds.config import ModelConfig
+from villa_ds.config_objectives import (
+    ItmConfig,
+    Nlvr2Config,
+    ObjectivesConfig,
+    RefexpConfig,
+    RetrievalConfig,
+    VqaConfig,
+)
 from villa_ds.data.manifest import Manifest, Vocabulary
 from villa_ds.models.weights import load_reference, to_reference
 from villa_ds.objectives.base import build_objective
@@ -21,6 +29,8 @@ BUILT = {
     "UniterForVisualQuestionAnswering": ("vqa",),
     "UniterForVisualEntailment": ("ve",),
     "UniterForVisualCommonsenseReasoning": ("vcr",),
+    "UniterForReferringExpressionComprehension": ("refexp",),
+    "UniterForImageTextRetrieval": ("retrieval",),
     "UniterForNlvr2Paired": ("nlvr2",),
     "UniterForNlvr2Triplet": ("nlvr2",),
     "UniterForNlvr2PairedAttn": ("nlvr2",),
@@ -28,8 +38,6 @@ BUILT = {
 FORMS = {"UniterForNlvr2Paired": "paired", "UniterForNlvr2Triplet": "triplet"}  # of NLVR2; otherwise paired-attn
 # Reference class -> why it is not compared with anything of ours
 NOT_BUILT = {
-    "UniterForReferringExpressionComprehension": "not there yet",
-    "UniterForImageTextRetrieval": "not there yet",
     "UniterForImageTextRetrievalHardNeg": "hard negatives take a pass of their own to choose; not there yet",
 }
 MASK_ID = 3
@@ -74,6 +82,13 @@ def settings_of(model: dict[str, Any], itm_ot_lambda: float = 0.0) -> Objectives
     return ObjectivesConfig(
         itm=ItmConfig(ot_weight=itm_ot_lambda),
         vqa=VqaConfig(num_answers=kwargs.get("num_answer")),
+        refexp=RefexpConfig(
+            loss=kwargs.get("loss", "cls"),
+            layers=kwargs.get("mlp", 1),
+            margin=kwargs.get("margin", 0.2),
+            hard_ratio=kwargs.get("hard_ratio", 0.3),
+        ),
+        retrieval=RetrievalConfig(margin=kwargs.get("margin", 0.2)),
         nlvr2=Nlvr2Config(form=FORMS.get(model["class"], "paired-attn")),
     )
 

@@ -10,9 +10,10 @@ import pytest
 from tests.parity.golden import documents
 from tests.parity.modules import manifest_of
 from villa_ds.batch import Example, ImageSpan, Regions, Sample
-from villa_ds.config import Nlvr2Config, ObjectivesConfig, VcrConfig
+from villa_ds.config_objectives import Nlvr2Config, ObjectivesConfig, VcrConfig
 from villa_ds.data.manifest import Vocabulary
 from villa_ds.objectives.base import build_objective
+from villa_ds.objectives.refexp import overlaps
 from villa_ds.rng import Stream
 
 
@@ -141,3 +142,30 @@ def test_nlvr2_triplet(item: Item) -> None:
     assert len(row.features) == item["n_boxes"]
     assert row.features[:, 0].tolist() == list(range(item["n_boxes"]))
     assert row.targets["label"].tolist() == [item["target"]]
+
+
+@pytest.mark.parametrize("item", items("re"))
+def test_referring_expression(item: Item) -> None:
+    (region,) = item["target"]
+    sample = sample_of(item["input_ids"][1:-1], [item["n_boxes"]], {"region": region})
+    (row,) = prepared("refexp", item, sample, ObjectivesConfig()).rows
+    assert row.input_ids.tolist() == item["input_ids"]
+    assert row.targets["region"].tolist() == [region]
+    assert len(row.targets["overlap"]) == item["n_boxes"]
+
+
+@pytest.mark.parametrize("item", items("re_eval"))
+def test_overlap_with_the_box_meant(item: Item) -> None:
+    found = overlaps(np.array(item["obj_boxes_xywh"]), item["tgt_box"])
+    np.testing.assert_allclose(found, item["iou_with_target"], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("item", items("itm_rank"))
+def test_ranking_group(item: Item) -> None:
+    """A pair, its text with other images, other texts with its image; ours has one of each."""
+    texts, counts = [ids[1:-1] for ids in item["input_ids"]], item["n_boxes"]
+    images = [sample_of(texts[0], [count], {}).regions for count in counts[:2]]
+    sample = dataclasses.replace(sample_of(texts[0], counts[:1], {}), negative=images[1], negative_texts=[texts[-1]])
+    pair, image, text = prepared("retrieval", item, sample, ObjectivesConfig()).rows
+    assert [row.input_ids.tolist() for row in (pair, image, text)] == [item["input_ids"][row] for row in (0, 1, -1)]
+    assert [len(row.features) for row in (pair, image, text)] == [counts[row] for row in (0, 1, -1)]

@@ -16,7 +16,7 @@ from tests.parity.golden import documents
 from tests.parity.modules import manifest_of
 from tests.parity.test_encoder import assert_layout
 from villa_ds.batch import Example, ImageSpan, Reads, Regions, Sample
-from villa_ds.config import ItmConfig, MaskingConfig
+from villa_ds.config_objectives import ItmConfig, MaskingConfig
 from villa_ds.objectives.itm import ImageTextMatching
 from villa_ds.objectives.mlm import MaskedLanguageModeling, mask_word_pieces
 from villa_ds.objectives.mrm import MaskedFeatureRegression, mask_regions

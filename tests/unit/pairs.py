@@ -6,7 +6,8 @@ from torch import Tensor
 
 from tests.tiny import CLASSES, MANIFEST, VOCABULARY, WIDTH
 from villa_ds.batch import Batch, ImageSpan, Reads, Regions, Sample
-from villa_ds.config import ModelConfig, ObjectivesConfig
+from villa_ds.config import ModelConfig
+from villa_ds.config_objectives import ObjectivesConfig
 from villa_ds.models.presets import BackboneSizes, resolve_sizes
 from villa_ds.objectives.base import Objective, build_objective
 

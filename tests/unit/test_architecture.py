@@ -20,6 +20,7 @@ ORDER = (
     "analysis.__init__",
     "errors",
     "mapping",
+    "config_objectives",
     "config",
     "resources",
     "rng",

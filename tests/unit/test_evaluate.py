@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.shards import make_shards
-from villa_ds.config import DataConfig, EngineConfig, ModelConfig, ObjectivesConfig, OptimizerConfig
+from villa_ds.config import DataConfig, EngineConfig, ModelConfig, OptimizerConfig
+from villa_ds.config_objectives import ObjectivesConfig
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import EvaluationLoader
 from villa_ds.data.manifest import Manifest

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.tiny import CLASSES, MANIFEST, VOCABULARY, WIDTH, tiny_module
 from tests.unit.pairs import batch_of_lengths, objective_of, regions_of, sample_of
 from villa_ds.batch import Batch, Encoded, Example, Perturbation, Reads
-from villa_ds.config import ItmConfig, MaskingConfig, ObjectivesConfig, RegionMaskingConfig, VqaConfig
+from villa_ds.config_objectives import ItmConfig, MaskingConfig, ObjectivesConfig, RegionMaskingConfig, VqaConfig
 from villa_ds.errors import ConfigError, DataError
 from villa_ds.objectives.base import Objective, build_objective
 from villa_ds.objectives.mlm import mask_word_pieces

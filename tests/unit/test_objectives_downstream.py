@@ -8,15 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.parity.batches import pack
 from tests.tiny import MANIFEST, VOCABULARY, tiny_module
 from tests.unit.pairs import batch_of_lengths, regions_of, sample_of
 from villa_ds.batch import Batch, Encoded, ImageSpan, LossOutput, Reads, Regions, Sample
-from villa_ds.config import Nlvr2Config, ObjectivesConfig, VcrConfig
+from villa_ds.config_objectives import Nlvr2Config, ObjectivesConfig, RefexpConfig, RetrievalConfig, VcrConfig
 from villa_ds.data.collate import collate
 from villa_ds.errors import ConfigError, DataError
 from villa_ds.models.uniter import UniterBackbone
+from villa_ds.models.weights import load_reference, to_reference
 from villa_ds.objectives.base import Objective, build_objective
+from villa_ds.objectives.refexp import overlaps
 from villa_ds.rng import Stream
+from villa_ds.train.module import TrainModule
 
 BARE = replace(MANIFEST, answers=())
 
@@ -71,7 +75,7 @@ def test_entailment_loss_accuracy_and_prediction() -> None:
 
 def test_entailment_takes_no_learning_rate_of_its_own() -> None:
     assert tiny_module("vqa").downstream_heads == ["vqa_output"]
-    module = tiny_module("mlm").__class__(tiny_module("mlm").backbone, [objective_of("ve")])
+    module = TrainModule(tiny_module().backbone, [objective_of("ve")])
     assert module.downstream_heads == []
     assert module.get_parameter("vqa_output.3.bias").shape == (3,)
 
@@ -241,3 +245,153 @@ def test_paired_attention_heeds_no_padding() -> None:
     torch.testing.assert_close(head(moved, valid), head(states, valid))
     swapped = head(states[[1, 0, 3, 2]], valid[[1, 0, 3, 2]])
     assert not torch.allclose(swapped, head(states, valid))
+
+
+def refexp_batch(targets: dict[str, Tensor]) -> Batch:
+    """Three rows of 2, 5 and 4 regions, all read."""
+    batch = replace(batch_of_lengths(), targets=targets)
+    slots, packed = pack(torch.cat([torch.zeros_like(batch.text_valid), batch.region_valid], dim=1))
+    return replace(batch, read_slots=slots, read_packed=packed, reads=Reads.SLOTS)
+
+
+SCORES = torch.tensor([0.5, 1.5, -1, 2, 0, 1, 3, 0.1, 0.4, 0.3, 0.2])
+
+
+def refexp_output(targets: dict[str, Tensor], **settings: object) -> tuple[Objective, LossOutput, Batch]:
+    objective = objective_of("refexp", refexp=RefexpConfig(**settings))  # type: ignore[arg-type]
+    batch = refexp_batch(targets)
+    return objective, objective.loss(Fixed(SCORES[:, None]), Encoded(torch.zeros(1), None), batch), batch
+
+
+def test_refexp_reads_every_region_and_draws_the_other() -> None:
+    sample = sample_of(image=regions_of(6), target={"region": 2})
+    drawn = []
+    for hard_ratio in (0.0, 1.0):
+        objective = objective_of("refexp", refexp=RefexpConfig(loss="rank", hard_ratio=hard_ratio))
+        examples = [objective.prepare(sample, Stream("prepare", seed)) for seed in range(200)]
+        drawn.append([int(example.targets["negative"][0]) for example in examples])
+    assert set(drawn[0]) == {0, 1, 3, 4, 5}
+    assert set(drawn[1]) == {-1}
+    assert examples[0].read_regions is not None
+    assert examples[0].read_regions.tolist() == list(range(6))
+    assert examples[0].targets["overlap"].tolist() == [0, 0, 1, 0, 0, 0]
+    lone = objective_of("refexp").prepare(sample_of(image=regions_of(1), target={"region": 0}), Stream("p", 0))
+    assert lone.targets["negative"].tolist() == [0]
+    for region in (6, -1, None):
+        with pytest.raises(DataError, match=rf"the region meant is {region}, not in 0\.\.5"):
+            objective.prepare(sample_of(image=regions_of(6), target={"region": region}), Stream("p", 0))
+
+
+def test_refexp_classification() -> None:
+    meant = torch.tensor([1, 2, 0])
+    overlap = F.one_hot(torch.tensor([1, 3, 8]), 11).sum(0).float()
+    objective, output, batch = refexp_output({"region": meant, "overlap": overlap})
+    rows = [SCORES[:2], SCORES[2:7], SCORES[7:]]
+    expected = [-row.log_softmax(0)[place] for row, place in zip(rows, meant.tolist(), strict=True)]
+    torch.testing.assert_close(output.loss, torch.stack(expected).mean())
+    assert output.logits[0].tolist() == [0.5, 1.5, -1e4, -1e4, -1e4]
+    hits, count = objective.metrics(output, batch)["accuracy"]
+    assert (float(hits), float(count)) == (2.0, 3.0)  # best are 1, 4 and 1 of their rows
+    assert objective.predictions(output, batch)[1] == {"region": 4, "overlap": 0.0, "meant": 2}
+    assert objective.class_targets(batch) is None
+
+
+def test_refexp_ranking() -> None:
+    targets = {"region": torch.tensor([1, 2, 0]), "negative": torch.tensor([0, -1, 3])}
+    _, output, _ = refexp_output(targets, loss="rank", margin=0.3)
+    pairs = [(1.5, 0.5), (0.0, 3.0), (0.1, 0.2)]  # the hardest of the second row is its last region
+    terms = [
+        max(0.0, 0.3 + torch.sigmoid(torch.tensor(b)).item() - torch.sigmoid(torch.tensor(a)).item()) for a, b in pairs
+    ]
+    assert output.elements.tolist() == pytest.approx(terms)
+    assert float(output.loss) == pytest.approx(sum(terms) / 3)
+
+
+def test_refexp_boxes() -> None:
+    boxes = np.array([[0.0, 0, 10, 10], [5, 0, 10, 10], [20, 20, 5, 5], [0, 0, 10, 4]])
+    np.testing.assert_allclose(overlaps(boxes, [0, 0, 10, 10]), [1, 50 / 150, 0, 0.4])
+    normalised = np.zeros((4, 7), np.float32)
+    normalised[:, [0, 1, 4, 5]] = boxes / [100, 50, 100, 50]
+    image = replace(regions_of(4), boxes=normalised)
+    target: dict[str, object] = {"box": [4, 0, 10, 10], "image_size": [100, 50]}
+    example = objective_of("refexp").prepare(sample_of(image=image, target=target), Stream("p", 0))
+    assert example.targets["region"].tolist() == [1]  # detected: the one that overlaps most
+    np.testing.assert_allclose(example.targets["overlap"], [60 / 140, 90 / 110, 0, 24 / 116], rtol=1e-5)
+    with pytest.raises(DataError, match="a box needs image_size"):
+        objective_of("refexp").prepare(sample_of(image=image, target={"box": [4, 0, 10, 10]}), Stream("p", 0))
+
+
+def test_retrieval_rows() -> None:
+    objective = objective_of("retrieval", retrieval=RetrievalConfig(max_text_length=3))
+    own, other = regions_of(2), regions_of(3, "other")
+    sample = replace(sample_of(image=own, negative=other), negative_texts=[[30, 31], [32], [33, 34, 35, 36]])
+    drawn = set()
+    for seed in range(40):
+        pair, image, text = objective.prepare(sample, Stream("prepare", seed)).rows
+        assert pair.input_ids.tolist() == image.input_ids.tolist() == [2, 11, 12, 13, 3]
+        assert (pair.features is own.features, image.features is other.features) == (True, True)
+        assert text.features is own.features
+        drawn.add(tuple(text.input_ids.tolist()))
+    assert drawn == {(2, 30, 31, 3), (2, 32, 3)}  # the third is too long
+    long = replace(sample, negative_texts=[[33, 34, 35, 36]])
+    assert objective.prepare(long, Stream("p", 0)).rows[2].input_ids.tolist() == [2, 33, 34, 35, 3]
+    with pytest.raises(DataError, match="no other image with a text"):
+        objective.prepare(sample_of(), Stream("p", 0))
+
+
+def test_retrieval_loss_accuracy_and_divergence() -> None:
+    objective = objective_of("retrieval")
+    logits = torch.tensor([[1.0], [0.5], [-3], [0.0], [0.2], [-1]])
+    batch = replace(batch_of_lengths((3,) * 6, (2,) * 6), ids=("a", "b"))
+    output = objective.loss(Fixed(logits), Encoded(torch.zeros(1), torch.zeros(1)), batch)
+    chance = logits.sigmoid().view(2, 3)
+    terms = (0.2 + chance[:, 1:] - chance[:, :1]).clamp(min=0)
+    torch.testing.assert_close(output.elements, terms)
+    torch.testing.assert_close(output.loss, terms.mean())
+    assert objective.metrics(output, batch)["accuracy"][0] == 1  # the second pair's image is outdone
+    assert objective.predictions(output, batch)[0] == {"score": 1.0, "mismatched_scores": [0.5, -3.0]}
+    p, q = logits.sigmoid(), (2 * logits + 1).sigmoid()
+    expected = (p - q) * (p / q).log() + (q - p) * ((1 - p) / (1 - q)).log()
+    torch.testing.assert_close(objective.divergence(logits, 2 * logits + 1), expected.mean())
+
+
+def test_retrieval_starts_from_the_matching_head() -> None:
+    source = to_reference(tiny_module("itm", seed=3).state_dict())
+    module = TrainModule(tiny_module().backbone, [objective_of("retrieval")])
+    adaptations = [module.objectives["retrieval"].adaptation]
+    report = load_reference(module, source, adaptations)
+    assert report.missing == report.unexpected == ()
+    written = to_reference(module.state_dict())
+    assert {name for name in written if not name.startswith("uniter.")} == {
+        f"{head}_output.{part}" for head in ("itm", "rank") for part in ("weight", "bias")
+    }
+    for part in ("weight", "bias"):
+        torch.testing.assert_close(written[f"rank_output.{part}"], source[f"itm_output.{part}"][1:].to(torch.float32))
+    tuned = {name: value + 1 if name.startswith("rank") else value for name, value in written.items()}
+    load_reference(module, tuned, adaptations)  # a head that was fine-tuned is not overwritten
+    torch.testing.assert_close(to_reference(module.state_dict()), tuned)
+
+
+def test_heads_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"objectives itm, retrieval have two heads of one name, itm_output"):
+        TrainModule(tiny_module().backbone, [objective_of("itm"), objective_of("retrieval")])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "rows"),
+    [
+        ("ve", {}, 1),
+        ("refexp", {}, 1),
+        ("retrieval", {}, 3),
+        ("vcr", {}, 8),
+        ("vcr", {"vcr": VcrConfig(questions="qa")}, 4),
+        ("nlvr2", {}, 2),
+        ("nlvr2", {"nlvr2": Nlvr2Config(form="triplet")}, 1),
+    ],
+)
+def test_rows_are_as_many_as_declared(name: str, settings: dict[str, object], rows: int) -> None:
+    objective = objective_of(name, **settings)
+    target = dict(vcr_sample().target) | {"label": 1, "region": 0, "labels": [0], "scores": [1.0]}
+    sample = sample_of(image=two_images(), target=target, negative=regions_of(3, "other"))
+    example = objective.prepare(replace(sample, negative_texts=[[20]]), Stream("prepare", 0))
+    assert len(example.rows) == objective.rows == rows

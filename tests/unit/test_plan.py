@@ -62,6 +62,20 @@ def flat(batch: MicroBatch) -> tuple[Any, ...]:
     return batch.data, batch.epoch, batch.index, batch.pairs.tolist(), batch.negatives.tolist(), batch.ids
 
 
+@pytest.mark.parametrize("rows", [2, 3, 8])
+def test_pairs_of_several_rows_stay_within_the_budget(rows: int) -> None:
+    index = make_index([9, 4], seed=3)
+    plan = make_plan(index, rows=rows, tokens=rows * TOKENS)
+    lengths = index["pair_length"] + 2 + index["group_regions"][index["pair_group"]]
+    batches = whole_epoch(plan, 0)
+    assert all(len(batch.pairs) * rows * lengths[batch.pairs].max() <= rows * TOKENS for batch in batches)
+    assert [batch.pairs.tolist() for batch in batches] == [
+        batch.pairs.tolist() for batch in whole_epoch(make_plan(index), 0)
+    ]
+    with pytest.raises(ConfigError, match=r"data\.tokens"):
+        make_plan(index, rows=rows)
+
+
 shard_shapes = st.lists(st.integers(1, 9), min_size=1, max_size=13)
 plans = st.builds(
     lambda shape, seed, window, lanes, probability: make_plan(

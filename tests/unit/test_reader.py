@@ -78,6 +78,8 @@ def test_a_negative_is_the_other_groups_regions(shards: Manifest) -> None:
     sample = reader.sample(0, group)
     assert sample.negative is not None
     assert sample.negative.features.tobytes() == reader.sample(other).regions.features.tobytes()
+    assert reader.sample(other).word_pieces.tolist() in [list(text) for text in sample.negative_texts]
+    assert reader.sample(other).negative_texts == ()
     assert sample.regions.features.tobytes() == reader.sample(0).regions.features.tobytes()
 
 

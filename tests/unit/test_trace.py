@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.shards import make_shards
-from villa_ds.config import DataConfig, ModelConfig, ObjectivesConfig, PhaseConfig, Recipe, TaskConfig
+from villa_ds.config import DataConfig, ModelConfig, PhaseConfig, Recipe, TaskConfig
+from villa_ds.config_objectives import ObjectivesConfig
 from villa_ds.data.digest import digest
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import Loader

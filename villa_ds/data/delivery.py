@@ -27,6 +27,7 @@ class Preparer(Protocol):
 
     name: str
     reads: Reads
+    rows: int
     negative_probability: float
 
     def prepare(self, sample: Sample, stream: Stream) -> Example:

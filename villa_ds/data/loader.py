@@ -104,6 +104,7 @@ class Loader:
         ]
 
     def _plan(self, name: str, manifest: Manifest) -> DataPlan:
+        objectives = [objective for data, objective, _ in self._tasks if data == name]
         return _plan(
             manifest,
             PlanSettings(
@@ -114,9 +115,8 @@ class Loader:
                 window=self._data.window,
                 max_text_length=self._data.max_text_length,
                 lanes=self._batch_plan.lanes,
-                negative_probability=max(
-                    objective.negative_probability for data, objective, _ in self._tasks if data == name
-                ),
+                negative_probability=max(objective.negative_probability for objective in objectives),
+                rows=max(objective.rows for objective in objectives),
             ),
         )
 
@@ -192,6 +192,7 @@ class EvaluationLoader:
                 window=data.window,
                 max_text_length=None,
                 negative_probability=objective.negative_probability,
+                rows=objective.rows,
             ),
         )
         self._maker = BatchMaker([Source(EVALUATION_NAME, ShardReader(manifest), objective)], EVALUATION_SEED)

@@ -41,6 +41,7 @@ class PlanSettings:
     max_text_length: int | None  # word pieces; pairs with longer texts are left out; None takes every pair
     lanes: int = 1
     negative_probability: float = 0.0  # share of pairs that get a mismatched group: the largest any objective wants
+    rows: int = 1  # of a micro-batch that a pair takes: the most of any objective; its length is that of them all
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ class DataPlan:
             text = np.asarray(index["pair_length"][start : start + _SCAN], np.int64)
             regions = index["group_regions"][index["pair_group"][start : start + _SCAN]]
             taken = self._taken(text)
-            lengths = np.where(taken, text + SPECIAL_TOKENS + np.maximum(regions, any_regions), 0)
+            lengths = np.where(taken, text + SPECIAL_TOKENS + np.maximum(regions, any_regions), 0) * settings.rows
             left_out += int((~taken).sum())
             if lengths.max() > longest:
                 longest, owner = int(lengths.max()), start + int(lengths.argmax())
@@ -233,7 +234,7 @@ class DataPlan:
             chosen = draws < settings.negative_probability
             negatives = np.where(chosen, others, -1)
             regions = np.where(chosen, np.maximum(regions, index["group_regions"][others]), regions)
-        lengths = index["pair_length"][pairs] + SPECIAL_TOKENS + regions
+        lengths = (index["pair_length"][pairs] + SPECIAL_TOKENS + regions) * settings.rows
         return _Drawn(pairs, lengths, negatives, draws, words[:, 2])
 
     def _reach(self, line: IntArray, windows: IntArray, place: int) -> list[int]:

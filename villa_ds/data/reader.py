@@ -65,12 +65,14 @@ class ShardReader:
                 f"has {len(text['word_pieces'])} word pieces of a text {text['id']!r}, "
                 f"expected {expected[1]} of {expected[0]!r}",
             )
+        other = None if negative_group < 0 else self._group(negative_group)
         return Sample(
             id=text["id"],
             word_pieces=np.array(text["word_pieces"], np.int32),
             regions=stored.regions,
             target=text["target"],
-            negative=None if negative_group < 0 else self._group(negative_group).regions,
+            negative=None if other is None else other.regions,
+            negative_texts=() if other is None else [each["word_pieces"] for each in other.texts],
         )
 
     def _group(self, group: int) -> _Group:

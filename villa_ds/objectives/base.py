@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
-from villa_ds.config import ObjectivesConfig
+from villa_ds.config_objectives import ObjectivesConfig
 from villa_ds.data.manifest import Manifest
 from villa_ds.errors import ConfigError
 from villa_ds.models.backbone import Backbone
@@ -28,6 +28,7 @@ class Objective(abc.ABC):
     head_name: str  # key of the head in the trained module, the reference code's own; objectives may share one
     reads: Reads
     downstream: bool = False  # a head trained from scratch on pre-trained weights, at its own learning rate
+    rows: int = 1  # of a batch that a sample takes; the plan counts each as long as text and regions together
     num_classes: int | None = None  # of `class_targets`; None: as many as the logits have
     adaptation: Adaptation = Adaptation()  # how pre-trained weights are made to fit
     negative_probability: float = 0.0  # share of pairs whose image the plan replaces by another

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
-from villa_ds.config import ItmConfig, ObjectivesConfig
+from villa_ds.config_objectives import ItmConfig, ObjectivesConfig
 from villa_ds.data.manifest import Manifest, Vocabulary
 from villa_ds.models.backbone import Backbone
 from villa_ds.models.layers import initialize

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
-from villa_ds.config import MaskingConfig, ObjectivesConfig
+from villa_ds.config_objectives import MaskingConfig, ObjectivesConfig
 from villa_ds.data.manifest import Manifest, Vocabulary
 from villa_ds.errors import DataError
 from villa_ds.models.backbone import Backbone

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
-from villa_ds.config import Nlvr2Config, ObjectivesConfig
+from villa_ds.config_objectives import Nlvr2Config, ObjectivesConfig
 from villa_ds.data.manifest import Manifest, Vocabulary
 from villa_ds.errors import DataError
 from villa_ds.models.backbone import Backbone
@@ -43,6 +43,7 @@ class TwoImageReasoning(Objective):
     def __init__(self, vocabulary: Vocabulary, settings: Nlvr2Config) -> None:
         self.vocabulary = vocabulary
         self.form = settings.form
+        self.rows = 1 if self.form == "triplet" else 2
         self.reads = Reads.ALL if self.form == "paired-attn" else Reads.POOLED
 
     def prepare(self, sample: Sample, stream: Stream) -> Example:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
-from villa_ds.config import ObjectivesConfig, VcrConfig
+from villa_ds.config_objectives import ObjectivesConfig, VcrConfig
 from villa_ds.data.manifest import Manifest, Vocabulary
 from villa_ds.errors import DataError
 from villa_ds.models.backbone import Backbone
@@ -49,6 +49,7 @@ class VisualCommonsenseReasoning(Objective):
     def __init__(self, vocabulary: Vocabulary, settings: VcrConfig) -> None:
         self.vocabulary = vocabulary
         self.questions = QUESTIONS[settings.questions]
+        self.rows = CHOICES * len(self.questions)
         self.adaptation = Adaptation(type_rows=(0, 1, 0, 0), new_words=settings.new_words)
 
     def prepare(self, sample: Sample, stream: Stream) -> Example:

@@ -1,7 +1,7 @@
 """Visual question answering over a fixed answer list with soft scores (UNITER, section 4; BCE as in the release)."""
 
 from villa_ds.batch import Batch, LossOutput
-from villa_ds.config import ObjectivesConfig
+from villa_ds.config_objectives import ObjectivesConfig
 from villa_ds.data.manifest import Manifest
 from villa_ds.errors import ConfigError
 from villa_ds.objectives.answers import AnswerScoring, score_of_best

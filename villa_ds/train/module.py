@@ -1,5 +1,6 @@
 """The one module that an engine wraps: a backbone and the heads of its objectives."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import cast
 
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 from villa_ds.batch import Batch, Embeddings, LossOutput, Perturbation
 from villa_ds.config import ModelConfig
 from villa_ds.data.manifest import Manifest
+from villa_ds.errors import ConfigError
 from villa_ds.models.backbone import Backbone, builder_of
 from villa_ds.models.presets import resolve_sizes
+from villa_ds.models.weights import reference_names
 from villa_ds.objectives.base import Objective
 
 
@@ -28,6 +31,12 @@ class TrainModule(nn.Module):
         for objective in self.objectives.values():
             if objective.head_name not in self._modules:
                 self.add_module(objective.head_name, objective.build_head(backbone))
+        names = Counter(part for name in self.state_dict() for part in reference_names(name))
+        if shared := sorted({name.rpartition(".")[0] for name, count in names.items() if count > 1}):
+            raise ConfigError(
+                f"tasks: objectives {', '.join(self.objectives)} have two heads of one name, {', '.join(shared)}: "
+                "train them in runs of their own"
+            )
 
     @property
     def backbone(self) -> Backbone:
