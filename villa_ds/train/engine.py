@@ -214,14 +214,33 @@ class DeepSpeedEngine:
         if self._stage == 0:
             self._engine.zero_grad()
         else:
-            optimizer = self._engine.optimizer
-            optimizer.has_overflow = lambda *_, **__: True
-            try:
+            with self._claimed_overflow():
                 self._engine.step()
-            finally:
-                del optimizer.has_overflow
             self._forget_gradients()
+            if not self._engine.optimizer.overflow:
+                raise RuntimeError("DeepSpeed updated in a step that was to be thrown away: it is of another version")
         self.passes = 0
+
+    @contextlib.contextmanager
+    def _claimed_overflow(self) -> Iterator[None]:
+        """Have DeepSpeed believe that a gradient overflowed, but leave its loss scale alone.
+
+        At stage 3 it looks at the norm, not for overflow, unless the model is in float16.
+        """
+        optimizer = self._engine.optimizer
+
+        def claim(*_: Any, **__: Any) -> bool:
+            optimizer.overflow = True
+            return True
+
+        ours = {"_update_scale": lambda *_: None}
+        ours["_overflow_check_and_loss_scale_update" if self._stage == 3 else "has_overflow"] = claim
+        vars(optimizer).update(ours)
+        try:
+            yield
+        finally:
+            for name in ours:
+                delattr(optimizer, name)
 
     def _plain_norm(self) -> float:
         """Stage 0 keeps whole, already averaged gradients on every rank, and reports no norm."""

@@ -1,0 +1,44 @@
+"""A step that is thrown away leaves nothing behind: what follows equals plain PyTorch, at every stage."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.dist.ranks import run_ranks
+from tests.fault.jobs import TRIALS
+from villa_ds.train.parameters import MOMENTS, WEIGHT, ParameterFiles
+
+pytestmark = pytest.mark.dist
+WORKER = "tests/dist/discard_worker.py"
+STAGES = ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+TOLERANCE = {WEIGHT: 1e-5, **dict.fromkeys(MOMENTS, 1e-6)}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    run_ranks(1, WORKER, "torch", "-", str(folder), "kept")
+    return folder
+
+
+def distance(kind: str, found: ParameterFiles, expected: ParameterFiles) -> float:
+    """||x - ref|| / ||ref|| over all parameters."""
+    difference = sum(float((found.get(kind, name) - expected.get(kind, name)).square().sum()) for name in found.names)
+    return (difference / sum(float(expected.get(kind, name).square().sum()) for name in found.names)) ** 0.5
+
+
+@pytest.mark.parametrize("world", [1, 2] if TRIALS else [2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_next_update_is_plain_pytorchs(stage: str, world: int, reference: Path, tmp_path: Path) -> None:
+    """Gradients that are finite and that are not; of heads that the next step leaves unused."""
+    run_ranks(world, WORKER, "deepspeed", stage, str(tmp_path), "all")
+    found, expected = ParameterFiles(tmp_path), ParameterFiles(reference)
+    assert found.updates == expected.updates == 3
+    for kind, tolerance in TOLERANCE.items():
+        assert distance(kind, found, expected) <= tolerance
+
+
+def test_plain_pytorch_itself(reference: Path, tmp_path: Path) -> None:
+    run_ranks(1, WORKER, "torch", "-", str(tmp_path), "all")
+    found, expected = ParameterFiles(tmp_path), ParameterFiles(reference)
+    assert all(distance(kind, found, expected) == 0.0 for kind in TOLERANCE)
