@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.parity.batches import batch_of, targets_of
 from tests.parity.golden import DTYPES, Case, Expectations, cases
 from tests.parity.modules import gradients, module_of
+from tests.parity.test_encoder import assert_layout
 from tests.passes import ModulePasses
 from villa_ds.batch import Batch, Perturbation
 from villa_ds.config import AdversaryConfig, ModalityConfig
@@ -50,6 +51,7 @@ def test_released_step(case: Case, schedule: str, dtype: torch.dtype) -> None:
             prefix = f"micro{number}/" if count > 1 else ""
             inputs = case.inputs(dtype, prefix)
             batch = batch_of(inputs, objective.reads, targets_of(name, inputs))
+            assert_layout(batch, inputs)
             records: list[PassRecord] = []
             passes = ModulePasses(module, batch, name, keeps_clean_graph="without" not in schedule)
             widths = (module.backbone.hidden_size, module.backbone.feature_width)
