@@ -8,14 +8,18 @@
 
 source launch/slurm/run.sh
 hosts=$(mktemp)
-trap 'rm -f "$hosts"' EXIT
+reminder=
+trap 'rm -f "$hosts"; [ -z "$reminder" ] || kill "$reminder"' EXIT
 slots=${RANKS:-${SLURM_GPUS_ON_NODE:?no GPUs: give --gpus-per-node, or RANKS for ranks without any}}
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$slots/" >"$hosts"
 
 on_signal() { # instead of run.sh's
-    asked=yes last=none
-    trap '' USR1 # this shell is of the group as well
-    kill -USR1 0
+    last=none
+    [ -z "$asked" ] || return 0
+    asked=yes
+    trap '' USR1 # this shell is of the process group as well
+    while kill -USR1 0; do sleep 2; done >/dev/null & # again and again: ranks that are still starting do not hear it
+    reminder=$!
 }
 
 launch() {
