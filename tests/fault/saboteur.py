@@ -1,4 +1,4 @@
-"""`villa_ds` with something wrong in it: saboteur.py KIND=VALUE... -- ARGUMENTS
+"""`villa_ds` with something wrong in it: saboteur.py KIND=VALUE... -- ARGUMENTS, or `sabotage` in this process.
 
 slow=SECONDS              every optimizer step takes this much longer
 slow_validation=SECONDS   every validation micro-batch does
@@ -12,15 +12,19 @@ damage=RANK:STEP          the rank raises the error of damaged data
 nan=STEP,STEP...          the features of rank 0's first micro-batch are NaN; each time the step is taken
 nan_gradient=STEP         a gradient of rank 0 is infinite though the loss is not
 jump=STEP,STEP...         rank 0 reports a loss of 1000
+ask=STEP                  rank 0 gets SIGTERM in the step
+fill=STEP:PATH            rank 0 writes PATH until the disk is full
+empty=STEP:PATH           rank 0 removes PATH
 clock=SECONDS             time.time() jumps forth and back by this much at every call
 """
 
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +38,7 @@ from villa_ds.train.step import MicroBatchPasses, StepInput
 from villa_ds.train.watch import INTERVAL_S
 
 RANK = int(os.environ.get("RANK", "0"))
+replace: Callable[[Any, str, Any], None] = setattr  # a test puts one that undoes it in the end
 
 
 def before(owner: Any, name: str, action: Callable[..., None]) -> None:
@@ -44,7 +49,7 @@ def before(owner: Any, name: str, action: Callable[..., None]) -> None:
         action(*arguments, **options)
         return original(*arguments, **options)
 
-    setattr(owner, name, both)
+    replace(owner, name, both)
 
 
 def at_step(place: str, action: Callable[[], None]) -> None:
@@ -84,7 +89,7 @@ def hang_loading(place: str) -> None:
                     time.sleep(3600)
                 yield batches
 
-    villa_ds.train.loop.training_loader = lambda *arguments: Waiting(original(*arguments))  # type: ignore[assignment]
+    replace(villa_ds.train.loop, "training_loader", lambda *arguments: Waiting(original(*arguments)))
 
 
 def nan(steps: str) -> None:
@@ -96,7 +101,7 @@ def nan(steps: str) -> None:
             work = dataclasses.replace(work, batches=(broken, *work.batches[1:]))
         return original(engine, work, *rest)
 
-    villa_ds.train.loop.take_step = take_step
+    replace(villa_ds.train.loop, "take_step", take_step)
 
 
 def nan_gradient(step: str) -> None:
@@ -111,7 +116,25 @@ def jump(steps: str) -> None:
     chosen, now = {int(step) for step in steps.split(",")}, [0]
     original = SumTable.peak_loss
     before(villa_ds.train.loop, "take_step", lambda _, work, *__: now.__setitem__(0, work.step))
-    SumTable.peak_loss = lambda self: 1000.0 if RANK == 0 and now[0] in chosen else original(self)  # type: ignore[method-assign]
+    replace(SumTable, "peak_loss", lambda self: 1000.0 if RANK == 0 and now[0] in chosen else original(self))
+
+
+def on_rank_0(step: str, action: Callable[[], None]) -> None:
+    """Have `action` called on rank 0 at the beginning of the step."""
+    before(
+        villa_ds.train.loop, "take_step", lambda _, work, *__: action() if (RANK, work.step) == (0, int(step)) else 0
+    )
+
+
+def fill(place: str) -> None:
+    step, path = place.split(":", 1)
+
+    def write() -> None:
+        with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+            while file.write(b"x" * 512):
+                pass
+
+    on_rank_0(step, write)
 
 
 def clock(seconds: str) -> None:
@@ -121,7 +144,7 @@ def clock(seconds: str) -> None:
         calls[0] += 1
         return real() + (-1) ** calls[0] * float(seconds)
 
-    time.time = jumping
+    replace(time, "time", jumping)
 
 
 KINDS: dict[str, Callable[[str], None]] = {
@@ -139,11 +162,21 @@ KINDS: dict[str, Callable[[str], None]] = {
     "nan": nan,
     "nan_gradient": nan_gradient,
     "jump": jump,
+    "ask": lambda value: on_rank_0(value, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "fill": fill,
+    "empty": lambda value: on_rank_0(value.split(":", 1)[0], lambda: os.unlink(value.split(":", 1)[1])),
     "clock": clock,
 }
 
-split = sys.argv.index("--")
-for argument in sys.argv[1:split]:
-    kind, value = argument.split("=", 1)
-    KINDS[kind](value)
-sys.exit(main(sys.argv[split + 1 :]))
+
+def sabotage(wishes: Sequence[str]) -> None:
+    """Make each KIND=VALUE true."""
+    for wish in wishes:
+        kind, value = wish.split("=", 1)
+        KINDS[kind](value)
+
+
+if __name__ == "__main__":
+    split = sys.argv.index("--")
+    sabotage(sys.argv[1:split])
+    sys.exit(main(sys.argv[split + 1 :]))

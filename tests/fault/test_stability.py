@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.fault.jobs import TRIALS, ZERO, finish, job, recipe_file, run_to_end, steps_written, wait_until
+from tests.fault.jobs import TRIALS, ZERO, finish, job, recipe_file, run_here, run_to_end, steps_written, wait_until
 from tests.runs import assert_same_run, differing, final_state, make_data, metrics_rows, numbers
 
 pytestmark = pytest.mark.fault
@@ -78,8 +78,7 @@ def test_a_gradient_that_is_not_finite_though_the_loss_is(root: Path, tmp_path: 
 def test_stop_is_the_default_and_nothing_was_updated(root: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     recipe = recipe_file(root, run, checkpoints={"every": 2, "asynchronous": True})
-    with job(recipe, "nan=7") as processes:
-        ((code, stderr),) = finish(processes)
+    code, stderr = run_here(recipe, "nan=7")
     assert code == 3
     objective = json.loads((run / "stability.jsonl").read_text())["objective"]
     assert stderr.splitlines()[-1] == (
@@ -97,8 +96,7 @@ def test_events_are_bounded_also_over_restarts(root: Path, tmp_path: Path) -> No
     run = tmp_path / "run"
     recipe = recipe_file(root, run, checkpoints=NO_DROP, stability={"nonfinite": "skip", "max_events": 2})
     for _ in range(2):
-        with job(recipe, "nan=3,4,6,8") as processes:
-            ((code, stderr),) = finish(processes)
+        code, stderr = run_here(recipe, "nan=3,4,6,8")
         assert code == 3
         assert stderr.splitlines()[-1].startswith("villa-ds: step 6 (")
         assert "and 2 events (stability.max_events) are spent; nothing was updated" in stderr
@@ -138,7 +136,7 @@ STAGES = ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
 
 
 @pytest.mark.parametrize("policy", ["skip", "roll_back"] if TRIALS else ["skip"])
-@pytest.mark.parametrize("stage", STAGES if TRIALS else ["zero3"])
+@pytest.mark.parametrize("stage", STAGES if TRIALS else ["zero2"])
 def test_two_deepspeed_ranks(root: Path, tmp_path: Path, stage: str, policy: str) -> None:
     """Rank 0 alone meets the NaN; both leave the step out."""
     engine, stability = {**ZERO, "ds_config": stage}, {"nonfinite": policy}

@@ -8,7 +8,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -233,7 +233,7 @@ class DeepSpeedEngine:
             optimizer.overflow = True
             return True
 
-        ours = {"_update_scale": lambda *_: None}
+        ours: dict[str, Callable[..., Any]] = {"_update_scale": lambda *_: None}
         ours["_overflow_check_and_loss_scale_update" if self._stage == 3 else "has_overflow"] = claim
         vars(optimizer).update(ours)
         try:

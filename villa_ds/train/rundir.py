@@ -124,6 +124,17 @@ def differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, 
         yield path, old, new
 
 
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written is said once; logging's own way is a traceback for every line."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not self.told:
+            print(f"{self.baseFilename}: cannot be written ({sys.exc_info()[1]}): lines are missing", file=sys.stderr)
+        self.told = True
+
+
 def start_logging(directory: Path | None, *, verbose: bool) -> None:
     """Plain lines on stderr, and in `log.txt` of `directory` if there is one; warnings only unless `verbose`."""
     logger = logging.getLogger("villa_ds")
@@ -132,7 +143,7 @@ def start_logging(directory: Path | None, *, verbose: bool) -> None:
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     logger.addHandler(logging.StreamHandler(sys.stderr))
     if directory is not None:
-        file = logging.FileHandler(directory / LOG_NAME, encoding="utf-8")
+        file = _LogFile(directory / LOG_NAME, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
 
