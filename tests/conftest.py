@@ -1,9 +1,21 @@
 """Applies to all tests."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
+
+from villa_ds.data.manifest import Manifest
+
+
+@pytest.fixture(scope="session")
+def whole_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mapping[str, Manifest]]:
+    """All of `villa-ds shards demo`, made once (a minute or two): its folder, and its manifests by set."""
+    from villa_ds.data.convert.easy_vqa import demo
+
+    folder = tmp_path_factory.mktemp("demo") / "shards"
+    return folder, demo(folder)
 
 
 @pytest.fixture(autouse=True)

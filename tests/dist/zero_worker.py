@@ -2,8 +2,8 @@
 
     zero_worker.py ENGINE DS_CONFIG OUT COUNT [LOAD START]
 
-Writes the parameters' state to OUT (rank by rank) and prints one JSON line of gradient norms. All M = 4 lanes are taken,
-whatever the number of ranks.
+Writes the parameters' state to OUT (rank by rank) and prints one JSON line of gradient norms. All M = 4 lanes are
+taken, whatever the number of ranks.
 """
 
 import json

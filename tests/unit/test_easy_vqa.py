@@ -150,8 +150,8 @@ def test_an_impossible_number_of_images_is_refused(tmp_path, images):
 
 
 @pytest.mark.slow
-def test_the_whole_demo(tmp_path):
-    manifests = demo(tmp_path / "out")
+def test_the_whole_demo(whole_demo):
+    folder, manifests = whole_demo
     counts = {name: (manifest.num_groups, manifest.num_pairs) for name, manifest in manifests.items()}
     assert counts["vqa/test"] == (1000, 9673)
     assert counts["vqa/train"][0] == counts["pretrain/train"][0] == 3600
@@ -159,4 +159,4 @@ def test_the_whole_demo(tmp_path):
     assert counts["vqa/train"][1] + counts["vqa/validation"][1] == 38575
     assert counts["pretrain/train"][1] > 28_000
     assert len(manifests["pretrain/train"].shards) >= 40  # ten for each of four lanes
-    assert all(verify(tmp_path / "out" / name).problems == () for name in SETS)
+    assert all(verify(folder / name).problems == () for name in SETS)
