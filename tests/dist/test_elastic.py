@@ -11,7 +11,7 @@ from villa_ds.errors import EXIT_PREEMPTED
 pytestmark = pytest.mark.dist
 STEPS = 20
 STRETCHES = ((1, "zero1", 5), (2, "zero3", 10), (4, "zero2", 15), (1, "zero2", STEPS))  # ranks, stage, last step
-TOLERANCE = 1e-5  # relative, of losses and gradient norms; the worst of these 20 steps, measured: 1.3e-6
+TOLERANCE = 1e-5  # relative, of losses and gradient norms; the worst of these 20 steps, measured: 3.5e-6
 
 
 def test_ranks_and_stages_change(tmp_path: Path) -> None:

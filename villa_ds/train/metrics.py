@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -101,6 +102,7 @@ class MetricsLog:
         cut_metrics(self._path, start_step)
         self._file = self._path.open("ab", buffering=0)
         if tensorboard:
+            threading.excepthook = _tell_in_a_line
             self._writer = SummaryWriter(str(directory / "tb"), purge_step=start_step + 1, flush_secs=30)
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, smoothing=0.1)
@@ -159,6 +161,8 @@ class MetricsLog:
             if sink is not None:
                 with contextlib.suppress(OSError):
                     sink.close()
+        if threading.excepthook is _tell_in_a_line:
+            threading.excepthook = threading.__excepthook__
 
     def _write_lines(self) -> None:
         """All of the waiting lines or none."""
@@ -216,6 +220,14 @@ class MetricsLog:
         log.info(line)
         if self._bar is not None:
             self._bar.refresh()
+
+
+def _tell_in_a_line(unhandled: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread of its own, which a full disk ends with a traceback."""
+    if isinstance(unhandled.exc_value, OSError):
+        log.warning("TensorBoard: %s", unhandled.exc_value)
+    else:
+        threading.__excepthook__(unhandled)
 
 
 def cut_metrics(path: Path, last_step: int) -> None:
