@@ -115,7 +115,7 @@ def test_in_a_validation(root: Path, tmp_path: Path) -> None:
     assert checkpoints(run) == ["step-00000003"]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, True] if TRIALS else [True])
 def test_while_it_saves(root: Path, reference: Path, tmp_path: Path, asynchronous: bool) -> None:
     """What is being written is written to its end."""
     run = tmp_path / "run"
@@ -134,7 +134,6 @@ def test_while_it_saves(root: Path, reference: Path, tmp_path: Path, asynchronou
 def test_one_of_two_ranks_is_asked(root: Path, tmp_path: Path) -> None:
     """Both save the same step; DeepSpeed's sums stay the same, bit for bit."""
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
-    run_to_end(recipe_file(root, undisturbed, engine=ZERO, checkpoints=RARELY), world=2)
     recipe = recipe_file(root, run, engine=ZERO, checkpoints=RARELY, log={"every": 1})
     with job(recipe, "slow=0.2", world=2) as processes:
         wait_until(lambda: steps_written(run) >= 3, processes)
@@ -142,8 +141,10 @@ def test_one_of_two_ranks_is_asked(root: Path, tmp_path: Path) -> None:
         zero, one = assert_preempted(processes)
     assert ("on another rank" in zero, "SIGTERM" in one) == (True, True)
     assert checkpoints(run) == [f"step-{steps_written(run):08d}"]
-    run_to_end(recipe, world=2)
-    assert_same_run(run, undisturbed)
+    if TRIALS:
+        run_to_end(recipe, world=2)
+        run_to_end(recipe_file(root, undisturbed, engine=ZERO, checkpoints=RARELY), world=2)
+        assert_same_run(run, undisturbed)
 
 
 def processes_of(recipe: Path) -> list[int]:
