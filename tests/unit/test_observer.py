@@ -76,6 +76,13 @@ def test_all_at_the_same_place() -> None:
     assert told[1] == "3 ranks, 0 first, have not moved for 20 s; all last at step 5, update"
 
 
+def test_a_silent_one_among_those_that_stand_still() -> None:
+    """It froze at the place where the others wait: that it is silent says more than where it is."""
+    told = verdict(*[{0: note(second), 1: note(min(second, 3), (4, 0))} for second in range(99)])
+    assert told is not None
+    assert told[1].startswith("rank 1 died or is frozen: no sign of life for ")
+
+
 def test_one_that_moves_is_enough() -> None:
     """Rank 0 alone commits a checkpoint; who waits for it is not stuck."""
     notes = [{0: note(second, (second // 10, 0)), 1: note(second)} for second in range(99)]

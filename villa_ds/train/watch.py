@@ -131,6 +131,9 @@ class Observer:
         seconds = self._now - max(self._moved[rank] for rank in here)
         if seconds < self._timeout:
             return None
+        silent = self._silent(trouble=True)
+        if silent is not None:
+            return silent
         least = min(self._notes[rank].progress for rank in here)  # all pass the same places in the same order
         last = [rank for rank in here if self._notes[rank].progress == least]
         place, ahead = self._notes[last[0]].place, len(here) - len(last)
