@@ -90,6 +90,7 @@ ORDER = (
     "analysis.*",
     "doctor",
     "trace",
+    "cli_shards",
     "cli",
     "__main__",
 )

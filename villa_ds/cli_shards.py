@@ -1,0 +1,151 @@
+"""The subcommands of `villa-ds shards`: parsers, and handlers that import what they run."""
+
+import argparse
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from villa_ds.data.convert.account import Account
+    from villa_ds.data.convert.settings import Settings
+
+
+def add_shards(command: argparse.ArgumentParser) -> None:
+    """The parsers of `villa-ds shards ...`; each sets `run`, which returns the exit code."""
+    actions = command.add_subparsers(required=True, metavar="ACTION")
+    action = actions.add_parser("demo", help="shards from the 5,000 real images of the PyPI package easy-vqa")
+    action.add_argument("out", type=Path)
+    action.add_argument("--images", type=positive, default=None, help="take this many training images only")
+    action.add_argument("--processes", type=positive, default=None, help="worker processes")
+    action.set_defaults(run=_demo)
+    action = actions.add_parser("from-uniter-lmdb", help="shards from UNITER's image and text data bases")
+    action.add_argument("--images", required=True, metavar="IMG_DB", help="an LMDB folder; for VCR two, joined by ';'")
+    action.add_argument("--texts", required=True, type=Path, metavar="TXT_DB")
+    _add_conversion(action)
+    action.set_defaults(run=_from_uniter_lmdb)
+    action = actions.add_parser("from-npz", help="shards from a folder of .npz region files and texts as JSON lines")
+    action.add_argument("--features", required=True, type=Path, metavar="FOLDER")
+    action.add_argument("--texts", required=True, type=Path, metavar="JSONL")
+    chosen = action.add_mutually_exclusive_group()
+    chosen.add_argument("--boxes", type=positive, default=None, help="keep the first so many regions of an image")
+    chosen.add_argument("--confidence", type=float, default=None, help="keep regions above it, as UNITER's 0.2")
+    action.add_argument("--min-boxes", type=positive, default=10, help="with --confidence: at least so many")
+    action.add_argument("--max-boxes", type=positive, default=100, help="with --confidence: at most so many")
+    _add_conversion(action)
+    action.set_defaults(run=_from_npz)
+    action = actions.add_parser("from-tsv", help="shards from bottom-up-attention or LXMERT .tsv files and JSON lines")
+    action.add_argument("--features", required=True, action="append", type=Path, metavar="TSV", help="may be repeated")
+    action.add_argument("--texts", required=True, type=Path, metavar="JSONL")
+    action.add_argument("--detector-classes", type=positive, default=1601, help="background included")
+    _add_conversion(action)
+    action.set_defaults(run=_from_tsv)
+    action = actions.add_parser("to-npz", help="a shard set back as .npz region files and JSON lines")
+    action.add_argument("folder", type=Path)
+    action.add_argument("out", type=Path)
+    action.set_defaults(run=_to_npz)
+    action = actions.add_parser("verify", help="check structure, checksums, shapes and values of a shard set")
+    action.add_argument("folder", type=Path)
+    action.set_defaults(run=_verify)
+    action = actions.add_parser("stat", help="counts, lengths, vocabulary and label statistics of a shard set")
+    action.add_argument("folder", type=Path)
+    action.set_defaults(run=_stat)
+
+
+def _add_conversion(action: argparse.ArgumentParser) -> None:
+    action.add_argument("--vocabulary", required=True, type=Path, metavar="vocab.txt")
+    action.add_argument(
+        "--extra-pieces", type=positive, default=0, metavar="N", help="ids beyond the vocabulary; VCR has 81"
+    )
+    action.add_argument("--answers", type=Path, metavar="JSON", help="the answer list of question answering")
+    action.add_argument("--extractor", default="unknown", help="what computed the features, with its version")
+    action.add_argument("--source", default="", help="the data in words; default: the names of the files")
+    action.add_argument("--allow-rejected", action="store_true", help="leave out what cannot be converted")
+    action.add_argument("out", type=Path)
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+# Imports below are local because numpy and friends take time, which `--help` and a typing error should not cost.
+
+
+def _demo(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.convert.easy_vqa import demo  # noqa: PLC0415
+
+    demo(parsed.out, images=parsed.images, processes=parsed.processes)
+    return 0
+
+
+def _from_uniter_lmdb(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.convert.uniter_lmdb import from_uniter_lmdb  # noqa: PLC0415
+
+    return _convert(parsed, functools.partial(from_uniter_lmdb, parsed.out, parsed.images, parsed.texts))
+
+
+def _from_npz(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.convert.npz import from_npz  # noqa: PLC0415
+    from villa_ds.data.convert.region_files import Selection  # noqa: PLC0415
+
+    keep = parsed.boxes
+    if parsed.confidence is not None:
+        keep = Selection(parsed.confidence, parsed.min_boxes, parsed.max_boxes)
+    return _convert(parsed, functools.partial(from_npz, parsed.out, parsed.features, parsed.texts, keep=keep))
+
+
+def _from_tsv(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.convert.tsv import from_tsv  # noqa: PLC0415
+
+    convert = functools.partial(from_tsv, parsed.out, parsed.features, parsed.texts)
+    return _convert(parsed, convert, detector_classes=parsed.detector_classes)
+
+
+def _to_npz(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.convert.to_npz import to_npz  # noqa: PLC0415
+
+    print(f"{parsed.out}: {to_npz(parsed.folder, parsed.out)} images")
+    return 0
+
+
+def _convert(parsed: argparse.Namespace, convert: "Callable[[Settings], Account]", detector_classes: int = 0) -> int:
+    """Call a converter with its settings and print its account, also where it refuses."""
+    from villa_ds.data.convert.account import IncompleteError  # noqa: PLC0415
+    from villa_ds.data.convert.settings import load_settings  # noqa: PLC0415
+
+    settings = load_settings(
+        parsed.vocabulary,
+        parsed.answers,
+        command=parsed.command_line,
+        extractor=parsed.extractor,
+        source=parsed.source,
+        extra_pieces=parsed.extra_pieces,
+        detector_classes=detector_classes,
+        allow_rejected=parsed.allow_rejected,
+    )
+    try:
+        print(convert(settings))
+    except IncompleteError as error:
+        print(error.account)
+        raise
+    return 0
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.verify import verify  # noqa: PLC0415
+
+    report = verify(parsed.folder)
+    print(report)
+    report.check()
+    return 0
+
+
+def _stat(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.statistics import stat  # noqa: PLC0415
+
+    print(stat(parsed.folder))
+    return 0
