@@ -76,6 +76,8 @@ def text_problems(identifier: str, word_pieces: Sequence[int], vocabulary_size: 
     """What is wrong with one text's id and word-piece ids."""
     if not identifier or "\0" in identifier:
         yield f"text id {identifier!r} is empty or holds a NUL, which fixed-width index arrays cannot keep"
+    if any("\ud800" <= letter <= "\udfff" for letter in identifier):
+        yield f"text id {identifier!r} is not valid Unicode"
     if len(word_pieces) == 0:
         yield f"text {identifier!r} has no word pieces; leave it out"
     elif min(word_pieces) < 0 or max(word_pieces) >= vocabulary_size:

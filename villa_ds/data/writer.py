@@ -54,6 +54,16 @@ class Group:
     texts: Sequence[Text]
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedGroup:
+    """A group as its tar members, with what the index arrays repeat of it."""
+
+    key: str
+    members: Mapping[str, bytes]  # extension -> content
+    regions: int
+    texts: Sequence[tuple[str, int]]  # (id, number of word pieces)
+
+
 @dataclass(frozen=True)
 class SetInfo:
     """What a manifest says of a set besides its shards (see `villa_ds.data.manifest.Manifest`)."""
@@ -96,10 +106,7 @@ class ShardWriter:
         self._shards: list[Shard] = []
         self._open: _OpenShard | None = None
         self._keys: set[str] = set()
-        self._pair_ids: dict[bytes, None] = {}  # in order, and unique
-        # Typed arrays: a set of ten million pairs must not need gigabytes of Python integers here.
-        self._group_shard, self._group_offset, self._group_regions = array("i"), array("q"), array("i")
-        self._pair_group, self._pair_slot, self._pair_length = array("q"), array("i"), array("i")
+        self._index = IndexBuilder()
         self._refuse_used_folder()
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -127,7 +134,7 @@ class ShardWriter:
         self.manifest = write_manifest(
             self._folder,
             shards=self._shards,
-            index=self._index(),
+            index=self._index.arrays(),
             pieces=info.pieces,
             feature_width=info.feature_width,
             detector_classes=info.detector_classes,
@@ -140,36 +147,20 @@ class ShardWriter:
 
     def add(self, group: Group) -> None:
         """Check one group and append it."""
-        identifiers = self._check_names(group)
-        regions, members = encode_group(group, self._info)
-        shard = self._shard_for(_tar_size(members))
-        self._group_shard.append(len(self._shards))
-        self._group_offset.append(shard.add(group.key, members, len(group.texts)))
-        self._group_regions.append(regions)
-        for slot, text in enumerate(group.texts):
-            self._pair_group.append(len(self._group_shard) - 1)
-            self._pair_slot.append(slot)
-            self._pair_length.append(len(text.word_pieces))
-        self._keys.add(group.key)
-        self._pair_ids.update(dict.fromkeys(identifiers))
+        self.append(encode_group(group, self._info))
 
-    def _check_names(self, group: Group) -> list[bytes]:
-        """The group's text ids as bytes, none of them in the set so far."""
-        problem = key_problem(group.key) or ("the key is already in the set" if group.key in self._keys else None)
-        if problem:
-            raise DataError(f"group {group.key!r}: {problem}")
-        if not group.texts:
-            raise DataError(f"group {group.key!r}: no texts, so no pairs; leave the group out")
+    def append(self, group: EncodedGroup) -> None:
+        """Append a group that has been checked; DataError if its key or the id of a text is in the set already."""
+        if group.key in self._keys:
+            raise DataError(f"group {group.key!r}: the key is already in the set")
         try:
-            identifiers = [text.id.encode() for text in group.texts]
-        except UnicodeEncodeError as error:
-            raise DataError(f"group {group.key!r}: text id {error.object!r} is not valid Unicode") from None
-        seen: set[bytes] = set()
-        for identifier in identifiers:
-            if identifier in self._pair_ids or identifier in seen:
-                raise DataError(f"group {group.key!r}: text id {identifier.decode()!r} is already in the set")
-            seen.add(identifier)
-        return identifiers
+            self._index.check(group.texts)
+        except DataError as error:
+            raise DataError(f"group {group.key!r}: {error}") from None
+        shard = self._shard_for(_tar_size(group.members))
+        offset = shard.add(group.key, group.members, len(group.texts))
+        self._index.add(len(self._shards), offset, group.regions, group.texts)
+        self._keys.add(group.key)
 
     def _shard_for(self, size: int) -> "_OpenShard":
         """The shard that takes the next group, which takes `size` bytes of tar."""
@@ -185,7 +176,38 @@ class ShardWriter:
             self._shards.append(self._open.finish())
             self._open = None
 
-    def _index(self) -> dict[str, NDArray[Any]]:
+
+class IndexBuilder:
+    """The index arrays of a set, group by group (`villa_ds.data.manifest` describes them)."""
+
+    def __init__(self) -> None:
+        self._ids: dict[bytes, None] = {}  # in order, and unique
+        # Typed arrays: a set of ten million pairs must not need gigabytes of Python integers here.
+        self._group_shard, self._group_offset, self._group_regions = array("i"), array("q"), array("i")
+        self._pair_group, self._pair_slot, self._pair_length = array("q"), array("i"), array("i")
+
+    def check(self, texts: Sequence[tuple[str, int]]) -> None:
+        """DataError if one of these ids is taken, by another group or within `texts`."""
+        seen: set[bytes] = set()
+        for identifier, _ in texts:
+            encoded = identifier.encode()
+            if encoded in self._ids or encoded in seen:
+                raise DataError(f"text id {identifier!r} is already in the set")
+            seen.add(encoded)
+
+    def add(self, shard: int, offset: int, regions: int, texts: Sequence[tuple[str, int]]) -> None:
+        """Append a group that begins at byte `offset` of a shard, with its (text id, number of word pieces)."""
+        self._group_shard.append(shard)
+        self._group_offset.append(offset)
+        self._group_regions.append(regions)
+        for slot, (identifier, length) in enumerate(texts):
+            self._pair_group.append(len(self._group_shard) - 1)
+            self._pair_slot.append(slot)
+            self._pair_length.append(length)
+            self._ids[identifier.encode()] = None
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays by name."""
         return {
             "group_shard": np.asarray(self._group_shard),
             "group_offset": np.asarray(self._group_offset),
@@ -193,7 +215,7 @@ class ShardWriter:
             "pair_group": np.asarray(self._pair_group),
             "pair_slot": np.asarray(self._pair_slot),
             "pair_length": np.asarray(self._pair_length),
-            "pair_id": np.asarray(list(self._pair_ids), dtype="S"),
+            "pair_id": np.asarray(list(self._ids), dtype="S"),
         }
 
 
@@ -256,8 +278,8 @@ class _HashingStream:
         self._stream.close()
 
 
-def encode_group(group: Group, info: SetInfo) -> tuple[int, dict[str, bytes]]:
-    """A group's region count and its tar members by extension. DataError names the key and what is wrong."""
+def encode_group(group: Group, info: SetInfo) -> EncodedGroup:
+    """A group as its tar members. DataError names the key and what the contract does not allow."""
     try:
         features = np.concatenate([np.asarray(image.features) for image in group.images])
         boxes = np.concatenate([complete_boxes(image.boxes) for image in group.images])
@@ -289,7 +311,7 @@ def encode_group(group: Group, info: SetInfo) -> tuple[int, dict[str, bytes]]:
     members = {"features.npy": npy.encode(features), "boxes.npy": npy.encode(boxes), "json": record}
     if labels is not None:
         members["labels.npy"] = npy.encode(labels)
-    return len(features), members
+    return EncodedGroup(group.key, members, len(features), [(text.id, len(text.word_pieces)) for text in group.texts])
 
 
 def complete_boxes(boxes: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -335,6 +357,9 @@ def _problems(
     labels: NDArray[Any] | None,
     spans: Sequence[tuple[str, int, int]],
 ) -> Iterator[str]:
+    problem = key_problem(group.key) or (None if group.texts else "no texts, so no pairs; leave the group out")
+    if problem:
+        yield problem
     yield from region_problems(features, boxes, info.feature_width)
     if labels is not None:
         yield from label_problems(labels, len(features), info.detector_classes, info.label_format)
