@@ -31,6 +31,7 @@ ORDER = (
     "data.wordpiece",
     "data.writer",
     "data.progress",
+    "data.processes",
     "data.verify",
     "data.convert.statements",
     "data.convert.descriptors",

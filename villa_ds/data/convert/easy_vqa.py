@@ -7,12 +7,9 @@ The package's test images are in vqa/test and nowhere else. Every tenth of its t
 ones from pretrain/train and vqa/train. Word pieces and detector classes come from the training images alone.
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ from PIL import Image as Picture
 
 from villa_ds.data.convert.statements import facts_of, statements_of
 from villa_ds.data.manifest import Manifest
+from villa_ds.data.processes import in_order
 from villa_ds.data.progress import with_progress
 from villa_ds.data.wordpiece import WordPieces
 from villa_ds.data.writer import Group, Image, SetInfo, ShardWriter, Text
@@ -133,40 +131,13 @@ def extract_all(
     """Regions of every photo by its key, extracted by so many processes (default: one a CPU)."""
     extract = functools.partial(_extract, extractor)
     paths = [photo.path for photo in photos]
-    count = processes or _cpus()
-    if count == 1:
-        found = list(with_progress(map(extract, paths), len(paths), "extracting regions"))
-    else:
-        # Not fork: a forked child of a process with threads can hang on a lock that one of them held.
-        with _one_thread_a_child(), multiprocessing.get_context("spawn").Pool(count) as pool:
-            found = list(with_progress(pool.imap(extract, paths, chunksize=32), len(paths), "extracting regions"))
+    found = with_progress(in_order(extract, paths, processes, chunk=32), len(paths), "extracting regions")
     return dict(zip((photo.key for photo in photos), found, strict=True))
-
-
-@contextlib.contextmanager
-def _one_thread_a_child() -> Iterator[None]:
-    """Processes started inside run numerical libraries on one thread: N processes of N threads thrash N CPUs."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _extract(extractor: RegionExtractor, path: str) -> ExtractedRegions:
     with Picture.open(path) as picture:
         return extractor.extract(np.asarray(picture.convert("RGB")))
-
-
-def _cpus() -> int:
-    """CPUs that this process may use; a scheduler often grants fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def statement_rows(photo: Photo) -> list[TextRow]:
