@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 
 from tests.unit.test_statements import holds
 from villa_ds.data.convert.easy_vqa import SETS, demo, extract_all, read_package
-from villa_ds.data.convert.regions import PixelRegionExtractor
+from villa_ds.data.convert.regions import FILE_NAME, PixelRegionExtractor
 from villa_ds.data.convert.statements import COLOURS, SHAPES, facts_of
 from villa_ds.data.manifest import load_manifest
 from villa_ds.data.verify import verify
@@ -47,6 +47,8 @@ def test_every_set_is_valid_and_shares_vocabulary_and_extractor(out):
     assert len({manifest.vocabulary for manifest in manifests.values()}) == 1
     assert len({manifest.extractor for manifest in manifests.values()}) == 1
     assert len({manifest.fingerprint for manifest in manifests.values()}) == len(SETS)
+    stored = PixelRegionExtractor.load(out / FILE_NAME)
+    assert {manifest.extractor for manifest in manifests.values()} == {stored.fingerprint}
     assert {manifest.feature_width for manifest in manifests.values()} == {PixelRegionExtractor().feature_width}
     assert {manifest.detector_classes for manifest in manifests.values()} == {64}
     assert {
@@ -123,7 +125,7 @@ def test_bytes_do_not_depend_on_the_number_of_processes(out, tmp_path):
     assert first == sorted(
         path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()
     )
-    assert len(first) == len(SETS) * (1 + 1 + 7 + 1)  # manifest, vocabulary, index arrays, one shard
+    assert len(first) == len(SETS) * (1 + 1 + 7 + 1) + 1  # manifest, vocabulary, index arrays, a shard; extractor
     for path in first:
         assert (out / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
 

@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import re
 
 import numpy as np
 import pytest
@@ -6,7 +8,8 @@ from PIL import Image, ImageDraw
 
 from villa_ds.data.convert.codebook import Codebook
 from villa_ds.data.convert.descriptors import DESCRIPTOR_WIDTH
-from villa_ds.data.convert.regions import PixelRegionExtractor, RegionExtractor, foreground_of
+from villa_ds.data.convert.extractor import RegionExtractor
+from villa_ds.data.convert.regions import FILE_NAME, PixelRegionExtractor, PixelSettings, foreground_of
 from villa_ds.errors import DataError
 
 BOX = (20, 12, 44, 36)  # pixels
@@ -31,7 +34,7 @@ def draw(kind: str, colour: str = "red", size: tuple[int, int] = (64, 64), box=B
 def test_the_first_region_is_the_object(kind):
     found = PixelRegionExtractor().extract(draw(kind))
     np.testing.assert_allclose(found.boxes[0] * 64, BOX, atol=1)
-    assert found.background[0] < 0.05
+    assert found.labels[0, 0] < 0.05
     assert 6 <= len(found.boxes) <= 12
     assert found.features.shape == (len(found.boxes), DESCRIPTOR_WIDTH)
     assert found.features.dtype == found.boxes.dtype == np.float32
@@ -69,7 +72,7 @@ def test_colour_is_in_the_features_and_outline_does_not_change_with_it():
 def test_regions_are_ordered_by_objectness_and_not_repeated():
     found = PixelRegionExtractor().extract(draw("triangle", "blue"))
     assert len({tuple(box) for box in found.boxes.tolist()}) == len(found.boxes)
-    assert found.background[-1] > found.background[0]
+    assert found.labels[-1, 0] > found.labels[0, 0]
 
 
 def test_large_images_are_reduced_and_boxes_stay():
@@ -81,7 +84,7 @@ def test_large_images_are_reduced_and_boxes_stay():
 def test_an_image_of_one_colour_has_regions_of_background():
     found = PixelRegionExtractor().extract(draw("nothing"))
     assert len(found.boxes) == 6
-    np.testing.assert_array_equal(found.background, np.ones(6))
+    np.testing.assert_array_equal(found.labels, [[1, 0]] * 6)
     assert np.isfinite(found.features).all()
 
 
@@ -112,13 +115,82 @@ def test_what_is_no_rgb_image_is_refused(image):
         PixelRegionExtractor().extract(image)
 
 
-def test_fingerprint_changes_with_every_setting():
+@pytest.mark.parametrize("sides", [(8, 200), (4000, 100)])
+def test_what_is_too_narrow_once_reduced_is_refused(sides):
+    with pytest.raises(DataError, match=f"{sides[1]} x {sides[0]} pixels is too narrow"):
+        PixelRegionExtractor().extract(np.zeros((*sides, 3), np.uint8))
+
+
+def test_fingerprint_changes_with_every_setting_and_with_the_codebook():
     extractor: RegionExtractor = PixelRegionExtractor()
     prints = {extractor.fingerprint}
-    for item in dataclasses.fields(PixelRegionExtractor):
-        prints.add(PixelRegionExtractor(**{item.name: getattr(extractor, item.name) + 1}).fingerprint)
-    assert len(prints) == 1 + len(dataclasses.fields(PixelRegionExtractor))
+    for item in dataclasses.fields(PixelSettings):
+        settings = PixelSettings(**{item.name: getattr(PixelSettings(), item.name) + 1})
+        prints.add(PixelRegionExtractor(settings).fingerprint)
+    assert len(prints) == 1 + len(dataclasses.fields(PixelSettings))
     assert PixelRegionExtractor().fingerprint == extractor.fingerprint
+    one, other = fitted(), fitted(seed=1)
+    assert len({*prints, one.fingerprint, other.fingerprint}) == len(prints) + 2
+
+
+def fitted(seed: int = 0) -> PixelRegionExtractor:
+    extractor = PixelRegionExtractor(PixelSettings(longest_side=64))
+    found = [extractor.extract(draw(kind)) for kind in ("circle", "rectangle", "triangle")]
+    return extractor.fitted(found, classes=5, seed=seed)
+
+
+def test_a_stored_extractor_is_the_same_one(tmp_path):
+    extractor = fitted()
+    extractor.save(tmp_path / FILE_NAME)
+    again = PixelRegionExtractor.load(tmp_path / FILE_NAME)
+    assert again.fingerprint == extractor.fingerprint
+    assert again.detector_classes == 5
+    one, other = extractor.extract(draw("circle", "blue")), again.extract(draw("circle", "blue"))
+    for name in ("features", "boxes", "labels"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    bytes_before = (tmp_path / FILE_NAME).read_bytes()
+    again.save(tmp_path / FILE_NAME)
+    assert (tmp_path / FILE_NAME).read_bytes() == bytes_before
+    PixelRegionExtractor().save(tmp_path / FILE_NAME)
+    assert PixelRegionExtractor.load(tmp_path / FILE_NAME).detector_classes == 2
+
+
+def stored(**changes) -> dict[str, np.ndarray]:
+    codebook = dataclasses.asdict(fitted().codebook)
+    text = {"kind": "pixel regions 1", "settings": json.dumps(dataclasses.asdict(PixelSettings()))}
+    return {name: np.asarray(value) for name, value in (text | codebook | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "pixel regions 0"}, "is of 'pixel regions 0', this version reads 'pixel regions 1'"),
+        ({"kind": None}, "is no stored extractor"),
+        ({"settings": "{"}, "is no stored extractor"),
+        ({"settings": '{"max_regions": "many"}'}, "settings.max_regions: expected int, got 'many'"),
+        ({"settings": '{"speed": 1}'}, "settings.speed: unknown key"),
+        ({"mean": None}, "expected centres, deviation, mean, temperature"),
+        ({"mean": np.zeros(3)}, "do not fit together"),
+        ({"temperature": np.nan}, "not finite"),
+        ({"temperature": -1.0}, "not positive"),
+        ({"centres": np.ones((2, 3)), "mean": np.ones(3), "deviation": np.ones(3)}, "3 wide, not 176"),
+        ({"mean": np.array([{}], object)}, "is no stored extractor"),
+    ],
+)
+def test_another_file_is_refused(tmp_path, changes, message):
+    np.savez(tmp_path / "x.npz", **stored(**changes))
+    with pytest.raises(DataError, match=re.escape(message)) as refusal:
+        PixelRegionExtractor.load(tmp_path / "x.npz")
+    assert str(tmp_path / "x.npz") in str(refusal.value)
+
+
+def test_a_missing_or_torn_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"x.npz: cannot be read: No such file"):
+        PixelRegionExtractor.load(tmp_path / "x.npz")
+    fitted().save(tmp_path / "x.npz")
+    (tmp_path / "x.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:-40])
+    with pytest.raises(DataError, match="is no stored extractor"):
+        PixelRegionExtractor.load(tmp_path / "x.npz")
 
 
 def clusters(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

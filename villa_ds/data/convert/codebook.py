@@ -4,7 +4,9 @@ Shape legend: n regions, D feature width, C classes (background and C - 1 cluste
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +50,21 @@ class Codebook:
             deviation.astype(np.float32),
             temperature=float(np.float32(np.median(squared) + 1e-3)),
         )
+
+    @staticmethod
+    def of(arrays: Mapping[str, NDArray[Any]]) -> "Codebook":
+        """The codebook of its stored fields by name. ValueError if they are not those of one."""
+        names = [item.name for item in fields(Codebook)]
+        if sorted(arrays) != sorted(names):
+            raise ValueError(f"holds {', '.join(sorted(arrays))}, expected {', '.join(sorted(names))}")
+        centres, mean, deviation, temperature = (arrays[name] for name in names)
+        fits = centres.ndim == 2 and mean.shape == deviation.shape == centres.shape[1:] and temperature.shape == ()
+        if not fits or not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError("its arrays are no codebook's: they do not fit together, or are not finite")
+        if deviation.min(initial=1) <= 0 or temperature <= 0:
+            raise ValueError("its deviation or temperature is not positive")
+        centres, mean, deviation = (array.astype(np.float32) for array in (centres, mean, deviation))
+        return Codebook(centres, mean, deviation, float(temperature))
 
     @property
     def classes(self) -> int:

@@ -2,21 +2,19 @@
 
     OUT/pretrain/{train,validation}       statements derived from questions and answers
     OUT/vqa/{train,validation,test}       questions with their answers
+    OUT/extractor.npz                     what found the regions, for new images
 
 The package's test images are in vqa/test and nowhere else. Every tenth of its training images is held out, the same
 ones from pretrain/train and vqa/train. Word pieces and detector classes come from the training images alone.
 """
 
 import functools
-import hashlib
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image as Picture
-
+from villa_ds.data.convert.extractor import ExtractedRegions, RegionExtractor, read_picture
 from villa_ds.data.convert.statements import facts_of, statements_of
 from villa_ds.data.manifest import Manifest
 from villa_ds.data.processes import in_order
@@ -29,8 +27,7 @@ from villa_ds.rng import Stream
 try:
     import easy_vqa
 
-    from villa_ds.data.convert.codebook import Codebook
-    from villa_ds.data.convert.regions import ExtractedRegions, PixelRegionExtractor, RegionExtractor
+    from villa_ds.data.convert.regions import FILE_NAME, PixelRegionExtractor
 except ModuleNotFoundError as error:
     raise DataError(f"the demo needs the package {error.name}: pip install 'villa_ds[demo]'") from None
 
@@ -84,12 +81,7 @@ def demo(out: str | Path, images: int | None = None, processes: int | None = Non
         "vqa": functools.partial(question_rows, answers=easy_vqa.get_answers()),
     }
     training = [photo for photo in photos if photo.part == "train"]
-    codebook = Codebook.fit(
-        np.concatenate([regions[photo.key].features for photo in training]),
-        np.concatenate([regions[photo.key].background for photo in training]),
-        DETECTOR_CLASSES,
-        SEED,
-    )
+    extractor = extractor.fitted([regions[photo.key] for photo in training], DETECTOR_CLASSES, SEED)
     word_pieces = WordPieces.train(
         [text for rows_of in texts_of.values() for photo in training for _, text, _ in rows_of(photo)], VOCABULARY_SIZE
     )
@@ -97,12 +89,13 @@ def demo(out: str | Path, images: int | None = None, processes: int | None = Non
     for name in SETS:
         task, _, part = name.partition("/")
         chosen = [photo for photo in photos if photo.part == part]
-        groups = _groups(chosen, texts_of[task], regions, codebook, word_pieces)
-        info = _set_info(name, extractor, codebook, word_pieces, images)
+        groups = _groups(chosen, texts_of[task], regions, extractor, word_pieces)
+        info = _set_info(name, extractor, word_pieces, images)
         with ShardWriter(out / task / part, info, shard_groups=SHARD_GROUPS) as writer:
             for group in with_progress(groups, len(chosen), f"writing {name}"):
                 writer.add(group)
         manifests[name] = writer.manifest
+    extractor.save(out / FILE_NAME)
     return manifests
 
 
@@ -136,8 +129,7 @@ def extract_all(
 
 
 def _extract(extractor: RegionExtractor, path: str) -> ExtractedRegions:
-    with Picture.open(path) as picture:
-        return extractor.extract(np.asarray(picture.convert("RGB")))
+    return extractor.extract(read_picture(path, Path(path)))
 
 
 def statement_rows(photo: Photo) -> list[TextRow]:
@@ -159,30 +151,26 @@ def _groups(
     photos: Sequence[Photo],
     rows_of: TextsOf,
     regions: Mapping[str, ExtractedRegions],
-    codebook: Codebook,
+    extractor: PixelRegionExtractor,
     word_pieces: WordPieces,
 ) -> Iterator[Group]:
     for photo in photos:
-        found = regions[photo.key]
-        labels = codebook.label(found.features, found.background)
-        image = Image(f"easy_vqa/{photo.split}/{photo.number}.png", found.features, found.boxes, labels)
+        found = extractor.labelled(regions[photo.key])
+        image = Image(f"easy_vqa/{photo.split}/{photo.number}.png", found.features, found.boxes, found.labels)
         texts = [
             Text(identifier, text, word_pieces.encode(text), target) for identifier, text, target in rows_of(photo)
         ]
         yield Group(photo.key, [image], texts)
 
 
-def _set_info(
-    name: str, extractor: PixelRegionExtractor, codebook: Codebook, word_pieces: WordPieces, images: int | None
-) -> SetInfo:
-    fingerprint = hashlib.sha256(f"{extractor.fingerprint} {codebook.fingerprint}".encode()).hexdigest()
+def _set_info(name: str, extractor: PixelRegionExtractor, word_pieces: WordPieces, images: int | None) -> SetInfo:
     return SetInfo(
         pieces=word_pieces.pieces,
         feature_width=extractor.feature_width,
-        extractor=f"PixelRegionExtractor with k-means codebook, sha256 {fingerprint}",
+        extractor=extractor.fingerprint,
         source=f"easy-vqa {importlib.metadata.version('easy-vqa')}, {name}",
         command="villa-ds shards demo" + ("" if images is None else f" --images {images}"),
-        detector_classes=codebook.classes,
+        detector_classes=extractor.detector_classes,
         label_format="dense",
         answers=easy_vqa.get_answers() if name.startswith("vqa/") else (),
     )
