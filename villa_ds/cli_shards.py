@@ -46,6 +46,10 @@ def add_shards(command: argparse.ArgumentParser) -> None:
     action.set_defaults(run=_to_npz)
     action = actions.add_parser("verify", help="check structure, checksums, shapes and values of a shard set")
     action.add_argument("folder", type=Path)
+    extent = action.add_mutually_exclusive_group()
+    extent.add_argument("--sample", type=positive, default=None, metavar="N", help="a quick look: read N groups only")
+    extent.add_argument("--processes", type=positive, default=None, help="that read; default: one a CPU")
+    action.add_argument("--seed", type=int, default=0, help="which groups --sample draws")
     action.set_defaults(run=_verify)
     action = actions.add_parser("stat", help="counts, lengths, vocabulary and label statistics of a shard set")
     action.add_argument("folder", type=Path)
@@ -136,9 +140,12 @@ def _convert(parsed: argparse.Namespace, convert: "Callable[[Settings], Account]
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    from villa_ds.data.verify import verify  # noqa: PLC0415
+    from villa_ds.data.verify import verify, verify_sample  # noqa: PLC0415
 
-    report = verify(parsed.folder)
+    if parsed.sample is None:
+        report = verify(parsed.folder, parsed.processes)
+    else:
+        report = verify_sample(parsed.folder, parsed.sample, parsed.seed)
     print(report)
     report.check()
     return 0

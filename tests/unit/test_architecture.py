@@ -32,6 +32,7 @@ ORDER = (
     "data.writer",
     "data.progress",
     "data.processes",
+    "data.stored",
     "data.verify",
     "data.convert.statements",
     "data.convert.descriptors",

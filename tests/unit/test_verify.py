@@ -10,9 +10,10 @@ import pytest
 
 from tests.shards import make_shards
 from villa_ds.data import npy
+from villa_ds.data.contract import target_problems
 from villa_ds.data.manifest import INDEX_DTYPES, fingerprint_of
 from villa_ds.data.statistics import stat
-from villa_ds.data.verify import verify
+from villa_ds.data.verify import draw_groups, verify, verify_sample
 from villa_ds.errors import DamageError, DataError
 
 
@@ -151,8 +152,32 @@ VIOLATIONS = {
     "span": (changed_record(lambda r: r["images"][0].update(stop=1)), "the images have 1 regions together"),
     "id": (changed_record(lambda r: r["texts"][0].update(id="other")), r"the pair arrays say \[\(b't"),
     "no texts": (changed_record(lambda r: r.update(texts=[])), "has no texts"),
-    "no images": (changed_record(lambda r: r.pop("images")), "json is not of the contract's form: KeyError 'images'"),
-    "target": (changed_record(lambda r: r["texts"][0].update(target=3)), "a target that is no JSON object"),
+    "no images": (changed_record(lambda r: r.pop("images")), "json is not of the contract's form: images is missing"),
+    "target": (
+        changed_record(lambda r: r["texts"][0].update(target=3)),
+        r"texts\.0\.target is missing or of another type than dict",
+    ),
+    "number as id": (
+        changed_record(lambda r: r["texts"][0].update(id=3)),
+        r"texts\.0\.id is missing or of another type",
+    ),
+    "surrogate": (changed_record(lambda r: r["texts"][0].update(id="\ud800")), "is not valid Unicode"),
+    "fraction": (
+        changed_record(lambda r: r["texts"][0]["word_pieces"].__setitem__(0, 8.5)),
+        r"texts\.0\.word_pieces holds something else than integers",
+    ),
+    "infinity": (
+        changed_record(lambda r: r["texts"][0]["target"].update(scores=[float("inf")])),
+        "json cannot be decoded: Infinity is no JSON number",
+    ),
+    "nesting": (
+        lambda name, content: [(name, b"[" * 100_000 if name == "g00001.json" else content)],
+        "json cannot be decoded: nested too deeply",
+    ),
+    "answer": (
+        changed_record(lambda r: r["texts"][0]["target"].update(labels=[5])),
+        r"target of text 't\d+': label 5 is not among the set's 5 answers",
+    ),
     "pickle": (
         lambda name, content: [
             (name, b"\x80\x04K\x01." if name == "g00001.boxes.npy" else content),
@@ -175,6 +200,112 @@ def test_violations_name_shard_and_key(folder, change, message):
     # A changed size moves the groups behind; nothing else may be reported.
     others = [problem for problem in report.problems if problem.key != "g00001"]
     assert all("group_offset.npy says" in problem.text for problem in others)
+
+
+ANSWERS = {"answers": [[6], [7, 8]], "answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [
+        ({}, None),
+        ({"labels": [], "scores": []}, None),
+        ({"labels": [4, 0], "scores": [1.0, 0.3]}, None),
+        ({"labels": [5], "scores": [1]}, "label 5 is not among the set's 5 answers"),
+        ({"labels": [1, 1], "scores": [1, 1]}, "labels [1, 1] name an answer twice"),
+        ({"labels": [1]}, "labels [1], scores None: expected answer numbers and as many scores in 0..1"),
+        ({"labels": [1], "scores": [1.5]}, "labels [1], scores [1.5]: expected answer numbers and as many scores"),
+        ({"labels": [1], "scores": [float("nan")]}, "labels [1], scores [nan]: expected answer numbers"),
+        ({"labels": [True], "scores": [1]}, "labels [True], scores [1]: expected answer numbers"),
+        ({"label": 1}, None),
+        ({"label": 0.5}, "label 0.5: expected an integer from 0 on"),
+        (ANSWERS, None),
+        (ANSWERS | {"answer": 2}, "answer 2: expected the place of one of the 2 answers"),
+        ({"rationales": [[6], []]}, "rationales [[6], []]: expected lists of word-piece ids, none empty"),
+        ({"rationales": [[64]]}, "rationales have the word-piece id 64, but the vocabulary has 64"),
+        ({"region": 2}, None),
+        ({"region": 3}, "region 3: expected one of the 3 regions, from 0 on"),
+        ({"box": [0, 1.5, 4, 5], "image_size": [10, 10]}, None),
+        ({"box": [0, 1, 4, 0], "image_size": [10, 10]}, "box [0, 1, 4, 0]: expected x, y, width and height in pixels"),
+        ({"box": [0, 1, 4, 5]}, "image_size None: expected the image's width and height, which a box needs"),
+        ({"anything": "else"}, None),
+    ],
+)
+def test_targets_have_the_form_of_their_names(target, problem):
+    found = list(target_problems(target, regions=3, answers=5, vocabulary_size=64))
+    assert len(found) == (problem is not None)
+    assert problem is None or found[0].startswith(problem)
+    assert not list(target_problems({"labels": [70], "scores": [1.0]}, regions=3, answers=0, vocabulary_size=64))
+
+
+def test_a_tar_that_is_no_plain_row_of_files(folder):
+    def with_member(kind: bytes, size: int = 0) -> str:
+        path = folder / "shard-000000.tar"
+        header = tarfile.TarInfo("g00009.json")
+        header.type, header.size, header.linkname = kind, size, "g00000.json"
+        path.write_bytes(header.tobuf(tarfile.GNU_FORMAT))
+        seal(folder)
+        return str(verify(folder))
+
+    assert "'g00009.json' is a link, folder or other thing that is no plain file" in with_member(tarfile.SYMTYPE)
+    assert "'g00009.json' is a link" in with_member(tarfile.LNKTYPE)
+    assert "'g00009.json' ends at 8589935103 of 512 bytes" in with_member(tarfile.REGTYPE, 8**11 - 1)
+    assert "not a readable tar after 0 groups" in with_member(tarfile.REGTYPE, 1 << 80)
+
+
+def test_processes_find_the_same(folder):
+    rewrite(folder, changed_array("features", lambda a: put(a, (0, 0), np.inf), "g00000"))
+    rewrite(folder, lambda name, content: [(name.replace("g00004.", "g00001."), content)], "shard-000001.tar")
+    report = verify(folder, processes=2)
+    assert report == verify(folder)
+    assert [problem.text for problem in report.problems][-1] == "the key occurs twice in the set"
+    assert report.groups_read == 6
+
+
+@pytest.mark.parametrize("total", [1, 7, 40])
+def test_drawn_groups_are_spread_and_repeatable(total):
+    for count in (1, 3, 7):
+        drawn = draw_groups(total, count, seed=5)
+        kept = min(count, total)
+        assert len(set(drawn.tolist())) == kept
+        assert ((drawn * kept // total) - np.arange(kept) <= 0).all()  # one from each stretch
+        assert (drawn >= np.arange(kept) * total // kept).all()
+        assert np.array_equal(drawn, draw_groups(total, count, seed=5))
+    assert draw_groups(1000, 3, seed=5).tolist() != draw_groups(1000, 3, seed=6).tolist()
+
+
+def test_a_sample_says_what_it_left_out(folder):
+    report = verify_sample(folder, 2)
+    assert report.problems == ()
+    assert str(report).endswith(
+        "6 groups, 2 shards, all as they should be as far as was looked: 2 of 6 groups; the rest not read, "
+        "nor the checksums of shards"
+    )
+    assert "as far as" not in str(verify_sample(folder, 6))
+    rewrite(folder, changed_array("features", lambda a: put(a, (0, 0), np.inf), "g00004"), "shard-000001.tar")
+    seen = [seed for seed in range(20) if 4 in draw_groups(6, 2, seed)]
+    assert 0 < len(seen) < 20
+    for seed in range(20):
+        found = [(problem.file, problem.key) for problem in verify_sample(folder, 2, seed).problems]
+        assert found == ([("shard-000001.tar", "g00004")] if seed in seen else [])
+    with pytest.raises(DataError, match=r"not finite.*; verify the whole set, which tells damage from a wrong writer"):
+        verify_sample(folder, 2, seen[0]).check()
+
+
+def test_a_sample_sees_sizes_and_moved_groups(folder):
+    path = folder / "shard-000001.tar"
+    data = path.read_bytes()
+    path.write_bytes(data[:7000])
+    assert [problem.text for problem in verify_sample(folder, 1).problems] == [
+        f"has 7000 bytes, the manifest says {len(data)}"
+    ]
+    path.unlink()
+    assert [str(problem) for problem in verify_sample(folder, 1).problems] == [
+        "shard-000001.tar: missing or unreadable"
+    ]
+    path.write_bytes(data[:512] + data[1024:] + bytes(512))
+    with pytest.raises(DamageError, match=r"shard-000001\.tar: ends at byte \d+, where group 4 should be"):
+        verify_sample(folder, 6).check()
 
 
 def test_every_problem_is_listed(folder):
@@ -224,6 +355,8 @@ def test_index_arrays_are_checked_against_the_tars_and_each_other(folder):
         np.save(folder / f"{name}.npy", array)
         return texts
 
+    assert "group_offset.npy: group 1 cannot begin at byte 500" in resealed("group_offset", lambda a: put(a, 1, 500))[0]
+    assert "group_offset.npy: group 3 cannot begin at byte 512" in resealed("group_offset", lambda a: put(a, 3, 512))[0]
     assert "group_offset.npy says 512" in resealed("group_offset", lambda a: put(a, 1, 512))[0]
     assert "group_regions.npy says 99" in resealed("group_regions", lambda a: put(a, 5, 99))[0]
     assert "the pair arrays say" in resealed("pair_length", lambda a: put(a, 0, 50))[0]

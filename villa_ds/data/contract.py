@@ -3,9 +3,10 @@
 Shape legend: R regions of a group, D feature width, C detector classes, k kept classes.
 """
 
+import math
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,3 +100,67 @@ def span_problems(spans: Sequence[tuple[str, int, int]], regions: int) -> Iterat
         position = stop
     if position != regions:
         yield f"the images have {position} regions together, but {regions} are stored"
+
+
+def target_problems(target: Mapping[str, Any], regions: int, answers: int, vocabulary_size: int) -> Iterator[str]:
+    """What is wrong with the fields of a text's target that the contract names; other names belong to objectives.
+
+    `answers` is the length of the set's answer list, 0 without one.
+    """
+    if "labels" in target or "scores" in target:
+        yield from _answer_problems(target.get("labels"), target.get("scores"), answers)
+    if "label" in target and not _is_count(target["label"]):
+        yield f"label {_short(target['label'])}: expected an integer from 0 on"
+    for name in ("answer", "rationale"):
+        if f"{name}s" in target:
+            yield from _choice_problems(name, target, vocabulary_size)
+    if "region" in target and not (_is_count(target["region"]) and target["region"] < regions):
+        yield f"region {_short(target['region'])}: expected one of the {regions} regions, from 0 on"
+    if "box" in target:
+        box, size = target["box"], target.get("image_size")
+        if not _is_list(box, _is_number) or len(box) != 4 or min(box[2:]) <= 0:
+            yield f"box {_short(box)}: expected x, y, width and height in pixels"
+        if not _is_list(size, _is_number) or len(size) != 2 or min(size) <= 0:
+            yield f"image_size {_short(size)}: expected the image's width and height, which a box needs"
+
+
+def _answer_problems(labels: object, scores: object, answers: int) -> Iterator[str]:
+    if not _is_list(labels, _is_count) or not _is_list(scores, _is_share) or len(labels) != len(scores):
+        yield f"labels {_short(labels)}, scores {_short(scores)}: expected answer numbers and as many scores in 0..1"
+    elif len(set(labels)) < len(labels):
+        yield f"labels {_short(labels)} name an answer twice"
+    elif answers and max(labels, default=0) >= answers:
+        yield f"label {max(labels)} is not among the set's {answers} answers"
+
+
+def _choice_problems(name: str, target: Mapping[str, Any], vocabulary_size: int) -> Iterator[str]:
+    choices = target[f"{name}s"]
+    if not _is_list(choices, lambda pieces: _is_list(pieces, _is_count) and len(pieces) > 0):
+        yield f"{name}s {_short(choices)}: expected lists of word-piece ids, none empty"
+        return
+    highest = max((max(pieces) for pieces in choices), default=0)
+    if highest >= vocabulary_size:
+        yield f"{name}s have the word-piece id {highest}, but the vocabulary has {vocabulary_size}"
+    if name in target and not (_is_count(target[name]) and target[name] < len(choices)):
+        yield f"{name} {_short(target[name])}: expected the place of one of the {len(choices)} {name}s"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value) and 0 <= value <= 1  # type: ignore[operator]  # a number
+
+
+def _is_list(value: object, holds: Callable[[Any], bool]) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple) and all(holds(item) for item in value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

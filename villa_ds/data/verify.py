@@ -4,26 +4,27 @@ Damage (bytes that are not those that were written) is told from violations (byt
 allow), because the mends differ: copy again, or convert again.
 """
 
+import functools
 import hashlib
-import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from villa_ds.data import npy
-from villa_ds.data.contract import key_problem, label_problems, region_problems, span_problems, text_problems
-from villa_ds.data.manifest import INDEX_DTYPES, VOCABULARY_NAME, Manifest, Shard, Vocabulary, load_manifest
+from villa_ds.data.manifest import INDEX_DTYPES, VOCABULARY_NAME, Manifest, Vocabulary, load_manifest
+from villa_ds.data.processes import in_order
 from villa_ds.data.progress import with_progress
+from villa_ds.data.stored import Form, decode, group_at, walk
 from villa_ds.errors import DamageError, DataError
+from villa_ds.rng import numbered_words
 
 _BLOCK = 1 << 20  # bytes hashed at a time
-_MEMBER_DTYPES = {"features.npy": "float16", "boxes.npy": "float32"}
-_LABEL_DTYPES = {"dense": "float16", "topk": "float32"}
+_TAR_BLOCK = 512
+_SMALL = 1 << 28  # bytes read by one process sooner than others have started
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +47,19 @@ class Report:
 
     manifest: Manifest
     problems: tuple[Problem, ...]
+    groups_read: int  # the rest was left out on purpose
 
     def __str__(self) -> str:
-        """Every problem on a line, or one line that says that there is none."""
+        """Every problem on a line, then one line of what was checked."""
         held = f"{self.manifest.num_pairs} pairs, {self.manifest.num_groups} groups, {len(self.manifest.shards)} shards"
-        if not self.problems:
-            return f"{self.manifest.folder}: {held}, all as they should be"
-        return "\n".join([*map(str, self.problems), f"{self.manifest.folder}: {held}, {len(self.problems)} problems"])
+        verdict = f"{len(self.problems)} problems" if self.problems else "all as they should be"
+        lines = [*map(str, self.problems), f"{self.manifest.folder}: {held}, {verdict}"]
+        if self.groups_read < self.manifest.num_groups:
+            lines[-1] += (
+                f" as far as was looked: {self.groups_read} of {self.manifest.num_groups} groups; the rest not read, "
+                "nor the checksums of shards"
+            )
+        return "\n".join(lines)
 
     def check(self) -> None:
         """DamageError if any bytes are damaged, DataError if the set breaks the contract otherwise."""
@@ -60,21 +67,65 @@ class Report:
         if damaged:
             raise DamageError(f"{self.manifest.folder}: {damaged[0]}; copy the damaged files again")
         if self.problems:
-            raise DataError(f"{self.manifest.folder}: {self.problems[0]}; write the set again")
+            whole = self.groups_read == self.manifest.num_groups
+            mend = "write the set again" if whole else "verify the whole set, which tells damage from a wrong writer"
+            raise DataError(f"{self.manifest.folder}: {self.problems[0]}; {mend}")
 
 
-def verify(folder: str | Path) -> Report:
-    """Check a whole shard set; reads all of it. DataError at once if there is no readable manifest to check against."""
+def verify(folder: str | Path, processes: int | None = 1) -> Report:
+    """Check a whole shard set; reads all of it, by so many processes (None: one a CPU, or one alone for a small set).
+
+    DataError at once if there is no readable manifest to check against.
+    """
     manifest = load_manifest(folder)
+    problems = _beside_the_shards(manifest)
+    check = functools.partial(_whole_shard, manifest, not problems)
+    if processes is None and sum(shard.bytes for shard in manifest.shards) < _SMALL:
+        processes = 1
+    shards = range(len(manifest.shards))
+    keys: set[str] = set()
+    for number, (found, own) in zip(
+        shards, with_progress(in_order(check, shards, processes), len(shards), "verifying shards"), strict=True
+    ):
+        problems += found
+        for key in own:
+            if key in keys:
+                problems.append(Problem(manifest.shards[number].name, key, "the key occurs twice in the set", False))
+            keys.add(key)
+    return Report(manifest, tuple(problems), manifest.num_groups)
+
+
+def verify_sample(folder: str | Path, groups: int, seed: int = 0) -> Report:
+    """A quick look: all of the manifest, vocabulary and index arrays, the shards' sizes, and some groups fully.
+
+    The groups are drawn by `seed`, one from each of `groups` equal stretches of the set. Checksums of shards are not
+    compared. DataError if there is no readable manifest.
+    """
+    manifest = load_manifest(folder)
+    problems = _beside_the_shards(manifest)
+    missing = [_size_problems(manifest, number) for number in range(len(manifest.shards))]
+    problems += [problem for found in missing for problem in found]
+    drawn = draw_groups(manifest.num_groups, groups, seed)
+    if problems:  # no offsets to trust
+        return Report(manifest, tuple(problems), 0)
+    for group in with_progress(drawn.tolist(), len(drawn), "verifying groups"):
+        number = int(manifest.index["group_shard"][group])
+        problems += _group_in_place(manifest, number, group)
+    return Report(manifest, tuple(problems), len(drawn))
+
+
+def draw_groups(total: int, count: int, seed: int) -> NDArray[np.int64]:
+    """`count` of the groups 0..total-1, ascending, one from each of equal stretches; all if there are no more."""
+    count = min(count, total)
+    edges = np.arange(count + 1, dtype=np.int64) * total // count
+    words = numbered_words(0, count, seed, "verify")[:, 0]
+    return np.asarray(edges[:-1] + (words % np.diff(edges).astype(np.uint64)).astype(np.int64))
+
+
+def _beside_the_shards(manifest: Manifest) -> list[Problem]:
+    """What is wrong with everything but the shards' content."""
     problems = [*_file_problems(manifest), *_index_problems(manifest)]
-    index = None
-    if not problems:
-        index = manifest.index
-        problems += _order_problems(manifest)
-    check = _ShardCheck(manifest, index)
-    for number, _ in enumerate(with_progress(manifest.shards, len(manifest.shards), "verifying shards")):
-        problems += check.problems(number)
-    return Report(manifest, tuple(problems))
+    return problems if problems else [*_order_problems(manifest)]
 
 
 def _file_problems(manifest: Manifest) -> Iterator[Problem]:
@@ -128,90 +179,92 @@ def _order_problems(manifest: Manifest) -> Iterator[Problem]:
             yield Problem(
                 shard.name, None, f"{count} pairs in the index, the manifest says {shard.pairs}", damage=False
             )
+    yield from _offset_problems(manifest, shards)
     identifiers, counts = np.unique(index["pair_id"], return_counts=True)
     for identifier in identifiers[counts > 1]:
         text = f"{identifier.decode(errors='replace')!r} is the id of several texts"
         yield Problem("pair_id.npy", None, text, damage=False)
 
 
-@dataclass
-class _ShardCheck:
-    """Checks shard by shard and remembers what must be unique in the set."""
+def _offset_problems(manifest: Manifest, shards: NDArray[np.int64]) -> Iterator[Problem]:
+    """Groups that cannot begin where group_offset says. `shards` are the groups' shard numbers."""
+    offsets = np.asarray(manifest.index["group_offset"])
+    first = np.diff(shards, prepend=-1) > 0
+    ends = np.array([shard.bytes for shard in manifest.shards], np.int64)[shards]
+    wrong = np.where(first, offsets != 0, np.diff(offsets, prepend=0) <= 0)
+    wrong |= (offsets % _TAR_BLOCK != 0) | (offsets >= ends)
+    if wrong.any():
+        group = int(np.argmax(wrong))
+        text = f"group {group} cannot begin at byte {int(offsets[group])} of {manifest.shards[int(shards[group])].name}"
+        yield Problem("group_offset.npy", None, text, damage=False)
 
-    manifest: Manifest
-    index: Mapping[str, NDArray[Any]] | None  # None: known to be broken, so nothing to compare with
-    keys: set[str] = field(default_factory=set)
 
-    def problems(self, number: int) -> list[Problem]:
-        """Everything wrong with shard `number`."""
-        shard = self.manifest.shards[number]
-        path = self.manifest.folder / shard.name
-        digest = _sha256(path)
-        found = []
-        if digest != shard.sha256:
-            size = f" ({path.stat().st_size} bytes, expected {shard.bytes})" if digest else ""
-            found.append(Problem(shard.name, None, _mismatch(digest, shard.sha256) + size, damage=True))
-        if digest is not None:
-            found += [
-                Problem(shard.name, key, text, damage=digest != shard.sha256)
-                for key, text in self._walk(path, number, shard)
-            ]
-        return found
+def _size_problems(manifest: Manifest, number: int) -> list[Problem]:
+    shard = manifest.shards[number]
+    try:
+        size = (manifest.folder / shard.name).stat().st_size
+    except OSError:
+        return [Problem(shard.name, None, "missing or unreadable", damage=True)]
+    text = f"has {size} bytes, the manifest says {shard.bytes}"
+    return [] if size == shard.bytes else [Problem(shard.name, None, text, damage=True)]
 
-    def _walk(self, path: Path, number: int, shard: Shard) -> Iterator[tuple[str | None, str]]:
-        """(key, what is wrong) of each group and of the tar as a whole."""
-        first = sum(earlier.groups for earlier in self.manifest.shards[:number])
-        count = 0
-        try:
-            for count, stored in enumerate(walk(path), start=1):
-                group = first + count - 1 if count <= shard.groups else None
-                yield from ((stored.key, problem) for problem in self._group(stored, group))
-        except (tarfile.TarError, OSError) as error:
-            yield None, f"not a readable tar after {count} groups: {error}"
-        if count != shard.groups:
-            yield None, f"{count} groups, the manifest says {shard.groups}"
 
-    def _group(self, stored: "StoredGroup", group: int | None) -> list[str]:
-        """What is wrong with a group. `group` is its number, None if it is one too many."""
-        found: list[str] = []
-        name_problem = key_problem(stored.key)
-        if name_problem:
-            found.append(name_problem)
-        if stored.key in self.keys:
-            found.append("the key occurs twice in the set")
-        self.keys.add(stored.key)
-        label_format = self.manifest.label_format
-        dtypes = dict(_MEMBER_DTYPES)
-        if label_format != "none":
-            dtypes["labels.npy"] = _LABEL_DTYPES[label_format]
-        if sorted(stored.names) != sorted([*dtypes, "json"]):
-            return [*found, f"has the members {sorted(stored.names)}, expected {sorted([*dtypes, 'json'])}"]
-        arrays: dict[str, NDArray[Any]] = {}
-        for name, dtype in dtypes.items():
-            try:
-                arrays[name] = npy.view(stored.members[name])
-            except ValueError as error:
-                return [*found, f"{name} cannot be decoded: {error}"]
-            if arrays[name].dtype != dtype:
-                return [*found, f"{name} is {arrays[name].dtype}, expected {dtype}"]
-        try:
-            record = json.loads(stored.members["json"])
-        except ValueError as error:
-            return [*found, f"json cannot be decoded: {error}"]
-        features = arrays["features.npy"]
-        found += region_problems(features, arrays["boxes.npy"], self.manifest.feature_width)
-        if features.ndim != 2:
-            return found
-        if label_format != "none":
-            found += label_problems(arrays["labels.npy"], len(features), self.manifest.detector_classes, label_format)
-        texts = stored_texts(record, len(features), self.manifest.vocabulary.size, found)
-        if self.index is not None and group is not None:
-            found += _index_differences(self.index, group, stored.offset, len(features), texts)
-        return found
+def _whole_shard(manifest: Manifest, index_is_sound: bool, number: int) -> tuple[list[Problem], list[str]]:
+    """Everything wrong with a shard, and the keys of its groups."""
+    shard = manifest.shards[number]
+    path = manifest.folder / shard.name
+    digest = _sha256(path)
+    sizes = _size_problems(manifest, number)
+    if digest is None:
+        return sizes, []
+    if digest == shard.sha256:  # then it is the manifest that is wrong
+        found = [Problem(problem.file, None, problem.text, damage=False) for problem in sizes]
+    else:
+        size = f" ({path.stat().st_size} bytes, expected {shard.bytes})"
+        found = [Problem(shard.name, None, _mismatch(digest, shard.sha256) + size, damage=True)]
+    first = sum(earlier.groups for earlier in manifest.shards[:number])
+    form, texts = Form.of(manifest), 0
+    keys: list[str] = []
+    try:
+        for stored in walk(path):
+            group = first + len(keys) if index_is_sound and len(keys) < shard.groups else None
+            keys.append(stored.key)
+            problems: list[str] = []
+            content = decode(stored, form, problems)
+            if content is not None:
+                texts += len(content.texts)
+                if group is not None:
+                    problems += _index_differences(manifest.index, group, stored.offset, content.regions, content.texts)
+            found += [Problem(shard.name, stored.key, text, digest != shard.sha256) for text in problems]
+    except (tarfile.TarError, OSError) as error:
+        text = f"not a readable tar after {len(keys)} groups: {error}"
+        found.append(Problem(shard.name, None, text, digest != shard.sha256))
+    for count, expected, what in ((len(keys), shard.groups, "groups"), (texts, shard.pairs, "pairs")):
+        if count != expected and (what == "groups" or not found):
+            text = f"{count} {what}, the manifest says {expected}"
+            found.append(Problem(shard.name, None, text, digest != shard.sha256))
+    return found, keys
+
+
+def _group_in_place(manifest: Manifest, number: int, group: int) -> list[Problem]:
+    """Everything wrong with one group of shard `number`, read where the index says that it lies."""
+    shard, offset = manifest.shards[number], int(manifest.index["group_offset"][group])
+    try:
+        with (manifest.folder / shard.name).open("rb") as stream:
+            stored = group_at(stream, offset)
+    except (tarfile.TarError, OSError) as error:
+        return [Problem(shard.name, None, f"group {group} at byte {offset} cannot be read: {error}", damage=True)]
+    if stored is None:
+        return [Problem(shard.name, None, f"ends at byte {offset}, where group {group} should be", damage=True)]
+    problems: list[str] = []
+    content = decode(stored, Form.of(manifest), problems)
+    if content is not None:
+        problems += _index_differences(manifest.index, group, stored.offset, content.regions, content.texts)
+    return [Problem(shard.name, stored.key, text, damage=False) for text in problems]
 
 
 def _index_differences(
-    index: Mapping[str, NDArray[Any]], group: int, offset: int, regions: int, texts: Sequence["StoredText"]
+    index: Mapping[str, NDArray[Any]], group: int, offset: int, regions: int, texts: Sequence[tuple[str, int]]
 ) -> Iterator[str]:
     """What the index arrays say otherwise than the tar does of one group."""
     if int(index["group_offset"][group]) != offset:
@@ -219,64 +272,10 @@ def _index_differences(
     if int(index["group_regions"][group]) != regions:
         yield f"has {regions} regions, group_regions.npy says {int(index['group_regions'][group])}"
     low, high = np.searchsorted(index["pair_group"], [group, group + 1])
-    stored = [(text.id.encode(), len(text.word_pieces)) for text in texts]
+    stored = [(identifier.encode(errors="replace"), length) for identifier, length in texts]
     said = list(zip(index["pair_id"][low:high].tolist(), index["pair_length"][low:high].tolist(), strict=True))
     if stored != said:
         yield f"has texts (id, length) {stored}, the pair arrays say {said}"
-
-
-def stored_texts(record: Any, regions: int, vocabulary: int, found: list[str]) -> list["StoredText"]:
-    """The texts of a group's JSON; what is wrong with the record is appended to `found`."""
-    try:
-        spans = [(str(item["name"]), int(item["start"]), int(item["stop"])) for item in record["images"]]
-        texts = [StoredText(str(item["id"]), [int(piece) for piece in item["word_pieces"]]) for item in record["texts"]]
-        targets = [item["target"] for item in record["texts"]]
-    except (KeyError, TypeError, ValueError) as error:
-        found.append(f"json is not of the contract's form: {type(error).__name__} {error}")
-        return []
-    found += span_problems(spans, regions)
-    if not texts:
-        found.append("has no texts")
-    if not all(isinstance(target, dict) for target in targets):
-        found.append("has a target that is no JSON object")
-    for text in texts:
-        found += text_problems(text.id, text.word_pieces, vocabulary)
-    return texts
-
-
-@dataclass(frozen=True, slots=True)
-class StoredText:
-    """What the index arrays repeat of a text."""
-
-    id: str
-    word_pieces: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredGroup:
-    """One tar sample as it lies in the file."""
-
-    key: str
-    offset: int  # of its first header
-    names: list[str]  # extensions in order, repeated ones too
-    members: dict[str, bytes]  # extension -> content
-
-
-def walk(path: Path) -> Iterator[StoredGroup]:
-    """The groups of a tar in order. tarfile.TarError or OSError where it cannot be read."""
-    group: StoredGroup | None = None
-    with tarfile.open(path, "r:") as archive:
-        for member in archive:
-            key, _, extension = member.name.partition(".")
-            if group is None or key != group.key:
-                if group is not None:
-                    yield group
-                group = StoredGroup(key, member.offset, [], {})
-            content = archive.extractfile(member)
-            group.names.append(extension)
-            group.members[extension] = b"" if content is None else content.read()
-    if group is not None:
-        yield group
 
 
 def _sha256(path: Path) -> str | None:

@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 from webdataset import TarWriter
 
 from villa_ds.data import npy
-from villa_ds.data.contract import key_problem, label_problems, region_problems, span_problems, text_problems
+from villa_ds.data.contract import (
+    key_problem,
+    label_problems,
+    region_problems,
+    span_problems,
+    target_problems,
+    text_problems,
+)
 from villa_ds.data.manifest import LABEL_FORMATS, MANIFEST_NAME, Manifest, Shard, Vocabulary, write_manifest
 from villa_ds.errors import DataError
 
@@ -366,3 +373,5 @@ def _problems(
     yield from span_problems(spans, len(features))
     for text in group.texts:
         yield from text_problems(text.id, text.word_pieces, len(info.pieces))
+        for problem in target_problems(text.target, len(features), len(info.answers), len(info.pieces)):
+            yield f"target of text {text.id!r}: {problem}"
