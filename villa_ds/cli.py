@@ -117,7 +117,8 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    from villa_ds.models.weights import to_reference, write_weights  # noqa: PLC0415
+    from villa_ds.models.weights import to_reference  # noqa: PLC0415
+    from villa_ds.tensor_files import write_weights  # noqa: PLC0415
     from villa_ds.train.checkpoint import resolve_checkpoint  # noqa: PLC0415
     from villa_ds.train.parameters import ParameterFiles  # noqa: PLC0415
 

@@ -22,6 +22,7 @@ def add_shards(command: argparse.ArgumentParser) -> None:
     action = actions.add_parser("from-uniter-lmdb", help="shards from UNITER's image and text data bases")
     action.add_argument("--images", required=True, metavar="IMG_DB", help="an LMDB folder; for VCR two, joined by ';'")
     action.add_argument("--texts", required=True, type=Path, metavar="TXT_DB")
+    _add_origin(action)
     _add_conversion(action)
     action.set_defaults(run=_from_uniter_lmdb)
     action = actions.add_parser("from-npz", help="shards from a folder of .npz region files and texts as JSON lines")
@@ -32,23 +33,21 @@ def add_shards(command: argparse.ArgumentParser) -> None:
     chosen.add_argument("--confidence", type=float, default=None, help="keep regions above it, as UNITER's 0.2")
     action.add_argument("--min-boxes", type=positive, default=10, help="with --confidence: at least so many")
     action.add_argument("--max-boxes", type=positive, default=100, help="with --confidence: at most so many")
+    _add_origin(action)
     _add_conversion(action)
     action.set_defaults(run=_from_npz)
     action = actions.add_parser("from-tsv", help="shards from bottom-up-attention or LXMERT .tsv files and JSON lines")
     action.add_argument("--features", required=True, action="append", type=Path, metavar="TSV", help="may be repeated")
     action.add_argument("--texts", required=True, type=Path, metavar="JSONL")
     action.add_argument("--detector-classes", type=positive, default=1601, help="background included")
+    _add_origin(action)
     _add_conversion(action)
     action.set_defaults(run=_from_tsv)
+    _add_pictures(actions)
     action = actions.add_parser("to-npz", help="a shard set back as .npz region files and JSON lines")
     action.add_argument("folder", type=Path)
     action.add_argument("out", type=Path)
     action.set_defaults(run=_to_npz)
-    action = actions.add_parser("overlap", help="images that two sets share, by name and by the ids of COCO and others")
-    action.add_argument("first", help="a shard set, or anything that --exclude takes: [NAME SPACE:]PATH[#SPLIT,...]")
-    action.add_argument("second")
-    _add_same_images(action)
-    action.set_defaults(run=_overlap)
     action = actions.add_parser("verify", help="check structure, checksums, shapes and values of a shard set")
     action.add_argument("folder", type=Path)
     extent = action.add_mutually_exclusive_group()
@@ -61,40 +60,59 @@ def add_shards(command: argparse.ArgumentParser) -> None:
     action.set_defaults(run=_stat)
 
 
+def _add_pictures(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    action = actions.add_parser("from-images", help="shards from a folder of pictures and texts as JSON lines")
+    action.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="PNG and JPEG files, at any depth")
+    action.add_argument("--texts", required=True, type=Path, metavar="JSONL")
+    add_extractor(action)
+    _add_conversion(action)
+    action.set_defaults(run=_from_images)
+    action = actions.add_parser("fit-extractor", help="a pixel extractor for from-images, fitted to training pictures")
+    action.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="PNG and JPEG files, at any depth")
+    action.add_argument("--classes", type=_classes, default=64, help="of its labels, background included")
+    action.add_argument("--limit", type=positive, default=4000, help="pictures to learn from, evenly spread")
+    action.add_argument("--processes", type=positive, default=None, help="worker processes")
+    _add_settings(action)
+    action.add_argument("out", type=Path, metavar="OUT.npz")
+    action.set_defaults(run=_fit_extractor)
+
+
 def _add_conversion(action: argparse.ArgumentParser) -> None:
     action.add_argument("--vocabulary", required=True, type=Path, metavar="vocab.txt")
     action.add_argument(
         "--extra-pieces", type=positive, default=0, metavar="N", help="ids beyond the vocabulary; VCR has 81"
     )
     action.add_argument("--answers", type=Path, metavar="JSON", help="the answer list of question answering")
-    action.add_argument("--extractor", default="unknown", help="what computed the features, with its version")
     action.add_argument("--source", default="", help="the data in words; default: the names of the files")
     action.add_argument("--allow-rejected", action="store_true", help="leave out what cannot be converted")
-    action.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="[NAME SPACE:]PATH[#SPLIT,...]",
-        help="leave these images out: a list, a shard set, a Karpathy or annotation file; may be repeated",
-    )
-    action.add_argument(
-        "--image-ids-of",
-        choices=("coco", "flickr", "visual-genome", "name"),
-        help="with --exclude: whose ids the image names are that are mere numbers",
-    )
-    _add_same_images(action)
     action.add_argument("out", type=Path)
 
 
-def _add_same_images(action: argparse.ArgumentParser) -> None:
+def _add_origin(action: argparse.ArgumentParser) -> None:
+    action.add_argument("--extractor", default="unknown", help="what computed the features, with its version")
+
+
+def add_extractor(action: argparse.ArgumentParser) -> None:
+    """The options that say what finds the regions of pictures."""
     action.add_argument(
-        "--same-images",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="JSON",
-        help="how data sets call the same images: Visual Genome's image_data.json, COCO's files; may be repeated",
+        "--extractor",
+        required=True,
+        help="a stored one (extractor.npz), pixels, faster-rcnn, or module:function of another package",
     )
+    _add_settings(action)
+
+
+def _add_settings(action: argparse.ArgumentParser) -> None:
+    action.add_argument(
+        "--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="a setting of the extractor"
+    )
+
+
+def _classes(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{text} is not 2 or more: background and something")
+    return value
 
 
 def positive(text: str) -> int:
@@ -138,6 +156,22 @@ def _from_tsv(parsed: argparse.Namespace) -> int:
     return _convert(parsed, convert, detector_classes=parsed.detector_classes)
 
 
+def _from_images(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.convert.extractors import load_extractor  # noqa: PLC0415
+    from villa_ds.data.convert.images import from_images  # noqa: PLC0415
+
+    extractor = load_extractor(parsed.extractor, parsed.settings)
+    return _convert(parsed, functools.partial(from_images, parsed.out, parsed.images, parsed.texts, extractor))
+
+
+def _fit_extractor(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.convert.images import fit_extractor  # noqa: PLC0415
+
+    limits = {"classes": parsed.classes, "limit": parsed.limit, "processes": parsed.processes}
+    print(fit_extractor(parsed.out, parsed.images, parsed.settings, **limits))
+    return 0
+
+
 def _to_npz(parsed: argparse.Namespace) -> int:
     from villa_ds.data.convert.to_npz import to_npz  # noqa: PLC0415
 
@@ -148,7 +182,6 @@ def _to_npz(parsed: argparse.Namespace) -> int:
 def _convert(parsed: argparse.Namespace, convert: "Callable[[Settings], Account]", detector_classes: int = 0) -> int:
     """Call a converter with its settings and print its account, also where it refuses."""
     from villa_ds.data.convert.account import IncompleteError  # noqa: PLC0415
-    from villa_ds.data.convert.exclusions import read_exclusions  # noqa: PLC0415
     from villa_ds.data.convert.settings import load_settings  # noqa: PLC0415
 
     settings = load_settings(
@@ -160,22 +193,12 @@ def _convert(parsed: argparse.Namespace, convert: "Callable[[Settings], Account]
         extra_pieces=parsed.extra_pieces,
         detector_classes=detector_classes,
         allow_rejected=parsed.allow_rejected,
-        exclusions=read_exclusions(parsed.exclude, parsed.same_images, parsed.image_ids_of),
     )
     try:
         print(convert(settings))
     except IncompleteError as error:
         print(error.account)
         raise
-    return 0
-
-
-def _overlap(parsed: argparse.Namespace) -> int:
-    from villa_ds.data.convert.exclusions import overlap  # noqa: PLC0415
-
-    found = overlap(parsed.first, parsed.second, parsed.same_images)
-    print(found)
-    found.check()
     return 0
 
 

@@ -48,6 +48,7 @@ class DataConfig:
     max_text_length: int = 60  # word pieces; longer texts are left out and counted
     workers: int = 2  # loader processes a rank; 0 loads in the training process
     prefetch: int = 4  # micro-batches loaded ahead, a worker
+    mix_extractors: bool = False  # take sets of different extractors, whose features mean different things
 
     def __post_init__(self) -> None:
         for name in ("tokens", "rows_multiple", "lanes", "window", "max_text_length", "prefetch"):

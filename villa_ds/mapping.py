@@ -43,7 +43,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     if not isinstance(mapping, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values")
     for override in overrides:
-        _apply_override(mapping, override)
+        apply_override(mapping, override)
     return mapping
 
 
@@ -95,7 +95,8 @@ def _refuse_repeated_keys(node: yaml.Node | None, path: str) -> None:
             _refuse_repeated_keys(item, _join(path, key))
 
 
-def _apply_override(mapping: dict[str, Any], override: str) -> None:
+def apply_override(mapping: dict[str, Any], override: str) -> None:
+    """Set what ``dotted.key=value`` says, the value as YAML. ConfigError if it has another form or no place."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"{override!r}: an override has the form dotted.key=value")

@@ -1,15 +1,19 @@
 """What a run says before it begins."""
 
 import dataclasses
+import json
 from pathlib import Path
 
+import pytest
 import torch
 
-from tests.runs import tiny_recipe
+from tests.runs import make_data, tiny_recipe
 from tests.tiny import tiny_module
 from villa_ds.config import AdversaryConfig, EngineConfig, ModalityConfig, PhaseConfig, Recipe
+from villa_ds.data.manifest import MANIFEST_NAME, fingerprint_of
+from villa_ds.errors import DataError
 from villa_ds.mapping import from_mapping
-from villa_ds.train.session import rounding_warnings
+from villa_ds.train.session import open_data, rounding_warnings
 
 
 def test_a_step_below_the_formats_resolution_is_warned_of() -> None:
@@ -28,3 +32,14 @@ def test_a_step_below_the_formats_resolution_is_warned_of() -> None:
     assert warnings("float16", 1e-2) == warnings("float32", 1e-2) == warnings("bfloat16", 1e-1) == []
     assert warnings("bfloat16", 1e-2, "image") == []
     assert len(warnings("float16", 1e-3)) == 1
+
+
+def test_sets_of_different_extractors_are_mixed_only_when_that_is_said(tmp_path: Path) -> None:
+    path = make_data(tmp_path) / "held-out" / MANIFEST_NAME
+    content = json.loads(path.read_text()) | {"extractor": "another one"}
+    path.write_text(json.dumps(content | {"fingerprint": fingerprint_of(content)}))
+    recipe = from_mapping(Recipe, tiny_recipe(tmp_path, tmp_path / "run"), "")
+    with pytest.raises(DataError, match="held-out: extractor 'another one' differs from 'random numbers'.*mix_extract"):
+        open_data(recipe)
+    mixed = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, mix_extractors=True))
+    assert open_data(mixed).validation["demo"].extractor == "another one"

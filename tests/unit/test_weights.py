@@ -20,11 +20,10 @@ from villa_ds.models.weights import (
     Adaptation,
     initialize_from,
     load_reference,
-    read_weights,
     reference_names,
     to_reference,
-    write_weights,
 )
+from villa_ds.tensor_files import read_weights, write_weights
 from villa_ds.train.module import TrainModule
 
 Weights = dict[str, Tensor]

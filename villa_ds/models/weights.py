@@ -12,23 +12,20 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError  # what torch.load raises; nothing but tensors is unpickled
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from villa_ds.data.manifest import VOCABULARY_NAME, Vocabulary
 from villa_ds.errors import WeightsError
 from villa_ds.models.backbone import Backbone
+from villa_ds.tensor_files import read_weights
 
 FUSED, PARTS = ".qkv.", (".query.", ".key.", ".value.")
 FOREIGN_PREFIXES = ("bert",)  # BERT's, and published VILLA checkpoints'
 BESIDE = ".beside."
 WORD_HEAD = "cls.predictions."
 LEGACY_NAMES = {"gamma": "weight", "beta": "bias"}
-TENSOR_SUFFIXES = (".pt", ".pth", ".bin")
 BERT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 _log = logging.getLogger(__name__)
@@ -188,33 +185,6 @@ def initialize_from(
                 return load_reference(module, read_weights(path / name), adaptations)
         raise WeightsError(f"{path}: a BERT folder holds {' or '.join(BERT_FILES)}, this one neither")
     return load_reference(module, read_weights(path), adaptations)
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors by name of a .safetensors, .pt, .pth or .bin file, on the CPU. Never runs code from the file."""
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            return dict(safetensors.torch.load_file(path))
-        if path.suffix not in TENSOR_SUFFIXES:
-            raise WeightsError(f"{path}: give a .safetensors, {', '.join(TENSOR_SUFFIXES)} file or a BERT folder")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise WeightsError(f"{path}: cannot read the weights: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise WeightsError(f"{path}: expected a plain mapping of names to tensors; export the state dict alone")
-    return dict(content)
-
-
-def write_weights(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `to_reference`'s tensors as .safetensors, or as .pt, which the reference code reads."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file(dict(tensors), path)
-    elif path.suffix == ".pt":
-        torch.save(dict(tensors), path)
-    else:
-        raise WeightsError(f"{path}: weights are written as .safetensors or .pt, not {path.suffix!r}")
 
 
 def _check_bert(folder: Path, backbone: Backbone, vocabulary: Vocabulary | None) -> None:

@@ -50,8 +50,11 @@ def open_data(recipe: Recipe) -> RunData:
     sets = {name: load_manifest(root / folder) for name, folder in recipe.data.sets.items()}
     validation = {name: load_manifest(root / folder) for name, folder in recipe.data.validation.items()}
     everything = [*sets.values(), *validation.values()]
-    for aspect in ("feature_width", "detector_classes", "extractor"):
+    for aspect in ("feature_width", "detector_classes"):
         _require_equal(aspect, everything, [getattr(manifest, aspect) for manifest in everything])
+    if not recipe.data.mix_extractors:
+        mend = "features are comparable only within one extractor; data.mix_extractors=true takes them all the same"
+        _require_equal("extractor", everything, [manifest.extractor for manifest in everything], mend)
     _require_equal("vocabulary", everything, [manifest.vocabulary.sha256 for manifest in everything])
     for name in {task.objective for task in recipe.tasks}:  # objectives of one name share a head, so its classes
         sharing = [sets[task.data] for task in recipe.tasks if task.objective == name]
@@ -60,12 +63,16 @@ def open_data(recipe: Recipe) -> RunData:
     return RunData(sets, validation, objectives)
 
 
-def _require_equal(aspect: str, manifests: Sequence[Manifest], values: Sequence[object]) -> None:
+def _require_equal(
+    aspect: str,
+    manifests: Sequence[Manifest],
+    values: Sequence[object],
+    mend: str = "the sets of one run must come from one extractor and one vocabulary",
+) -> None:
     for manifest, value in zip(manifests, values, strict=True):
         if value != values[0]:
             raise DataError(
-                f"{manifest.folder}: {aspect} {value!r} differs from {values[0]!r} of {manifests[0].folder}: "
-                "the sets of one run must come from one extractor and one vocabulary"
+                f"{manifest.folder}: {aspect} {value!r} differs from {values[0]!r} of {manifests[0].folder}: {mend}"
             )
 
 

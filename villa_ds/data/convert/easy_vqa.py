@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from villa_ds.data.convert.extractor import ExtractedRegions, RegionExtractor, read_picture
+from villa_ds.data.convert.regions import FILE_NAME, PixelRegionExtractor
 from villa_ds.data.convert.statements import facts_of, statements_of
 from villa_ds.data.manifest import Manifest
 from villa_ds.data.processes import in_order
@@ -26,8 +27,6 @@ from villa_ds.rng import Stream
 
 try:
     import easy_vqa
-
-    from villa_ds.data.convert.regions import FILE_NAME, PixelRegionExtractor
 except ModuleNotFoundError as error:
     raise DataError(f"the demo needs the package {error.name}: pip install 'villa_ds[demo]'") from None
 

@@ -17,16 +17,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import find_objects
-from skimage.color import rgb2lab
-from skimage.segmentation import felzenszwalb
 
-from villa_ds.data.convert.codebook import Codebook
-from villa_ds.data.convert.descriptors import DESCRIPTOR_WIDTH, Canvas, describe
 from villa_ds.data.convert.extractor import MIN_SIDE, ExtractedRegions
 from villa_ds.data.manifest import replace_file
 from villa_ds.errors import ConfigError, DataError
 from villa_ds.mapping import from_mapping, require
+
+try:
+    from scipy.ndimage import find_objects
+    from skimage.color import rgb2lab
+    from skimage.segmentation import felzenszwalb
+
+    from villa_ds.data.convert.codebook import Codebook
+    from villa_ds.data.convert.descriptors import DESCRIPTOR_WIDTH, Canvas, describe
+except ModuleNotFoundError as error:
+    raise ConfigError(f"regions from pixels need the package {error.name}: pip install 'villa_ds[images]'") from None
 
 VERSION = "pixel regions 1"  # change it with anything that changes a feature or a box
 FILE_NAME = "extractor.npz"  # beside the sets whose regions it found

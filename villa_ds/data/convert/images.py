@@ -1,0 +1,139 @@
+"""`villa-ds shards from-images` and `fit-extractor`: shards, or a codebook, from picture files."""
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path, PurePosixPath
+
+from villa_ds.data.convert.account import Account, RejectionError, Tally
+from villa_ds.data.convert.extractor import UNREADABLE, ExtractedRegions, RegionExtractor, read_picture
+from villa_ds.data.convert.extractors import pixel_extractor
+from villa_ds.data.convert.join import Names, Place, TextSource, convert
+from villa_ds.data.convert.jsonl import JsonlTexts
+from villa_ds.data.convert.settings import Settings
+from villa_ds.data.processes import in_order
+from villa_ds.data.progress import with_progress
+from villa_ds.data.writer import Image, Text
+from villa_ds.errors import DataError
+
+SUFFIXES = (".png", ".jpg", ".jpeg")  # in any case
+REFUSED = "refused by the extractor"
+SEED = 0  # of the codebook's starting points
+_AMBIGUOUS = ""
+
+
+def from_images(out: str | Path, images: Path, texts: Path, extractor: RegionExtractor, settings: Settings) -> Account:
+    """Extract regions of the pictures under `images` and convert them with the texts; errors as `join.convert`."""
+    folder = ImageFolder(images, extractor)
+    settings = dataclasses.replace(settings, extractor=extractor.fingerprint)
+    with closing(JsonlTexts(texts, settings)) as rows:
+        return convert(out, [folder], _OfFiles(rows, folder), settings, f"pictures {images.name}, {texts.name}")
+
+
+class ImageFolder:
+    """Source of images: all pictures in a folder and below it, named by their paths in it, suffix included."""
+
+    def __init__(self, folder: Path, extractor: RegionExtractor) -> None:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; give that of the pictures")
+        self._folder, self._extractor = folder, extractor
+        self._names: set[str] = set()
+        self._by_stem: dict[str, str] = {}
+
+    def scan(self, images: Tally) -> Iterator[str]:
+        """Names in sorted order; rejects those that are not valid Unicode, which shards could not hold."""
+        for path in picture_files(self._folder):
+            images.read += 1
+            name = path.relative_to(self._folder).as_posix()
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                images.reject(RejectionError(repr(name), UNREADABLE, "its name is not valid Unicode; rename it"))
+                continue
+            self._names.add(name)
+            stem = _stem(name)
+            self._by_stem[stem] = _AMBIGUOUS if stem in self._by_stem else name
+            yield name
+
+    def file_of(self, name: str) -> str:
+        """The scanned name that a text means: the same, or the only one that differs in its suffix alone."""
+        return name if name in self._names else self._by_stem.get(_stem(name)) or name
+
+    def read(self, name: str) -> Image:
+        """One picture's regions."""
+        return extract(self._extractor, name, self._folder / name)
+
+
+def extract(extractor: RegionExtractor, name: str, path: Path) -> Image:
+    """The regions of a picture file, as shards hold them. RejectionError if it has none to give."""
+    pixels = read_picture(name, path)
+    try:
+        found = extractor.extract(pixels)
+    except DataError as error:
+        raise RejectionError(name, REFUSED, str(error)) from None
+    return Image(name, found.features, found.boxes, found.labels)
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures in a folder and below it, in sorted order."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _stem(name: str) -> str:
+    path = PurePosixPath(name)
+    return path.with_suffix("").as_posix() if path.suffix.lower() in SUFFIXES else name
+
+
+class _OfFiles:
+    """Texts whose images are found among the files of a folder, with or without their suffixes."""
+
+    def __init__(self, texts: TextSource, folder: ImageFolder) -> None:
+        self._texts, self._folder = texts, folder
+
+    def scan(self, texts: Tally) -> Iterator[tuple[Place, str, Names]]:
+        for place, identifier, names in self._texts.scan(texts):
+            yield place, identifier, tuple(map(self._folder.file_of, names))
+
+    def read(self, place: Place) -> Text:
+        return self._texts.read(place)
+
+
+def fit_extractor(
+    out: Path, images: Path, settings: Sequence[str], classes: int, limit: int, processes: int | None = None
+) -> str:
+    """Store at `out` a pixel extractor whose codebook of `classes` classes comes from the pictures under `images`.
+
+    `limit` of them, evenly spread over the sorted names, are looked at. Returns an account of them. DataError if none
+    has regions to learn from.
+    """
+    extractor = pixel_extractor(settings)
+    if not images.is_dir():
+        raise DataError(f"{images}: no such folder; give that of the pictures")
+    paths = picture_files(images)
+    chosen = paths[:: max(1, -(-len(paths) // limit))]
+    results = in_order(functools.partial(_try_extract, extractor), chosen, processes, chunk=8)
+    found, rejected = [], Counter[str]()
+    for result in with_progress(results, len(chosen), "extracting regions"):
+        if isinstance(result, ExtractedRegions):
+            found.append(result)
+        else:
+            rejected[result] += 1
+    told = "".join(f"\n  {count} {reason}" for reason, count in rejected.most_common())
+    if not found:
+        raise DataError(f"{images}: no picture with regions to learn from, {len(chosen)} looked at{told}")
+    fitted = extractor.fitted(found, classes, SEED)
+    fitted.save(out)
+    sums = f"pictures: {len(chosen)} read = {len(found)} used + {rejected.total()} rejected"
+    return f"{out}: {fitted.fingerprint}\n{sums}{told}"
+
+
+def _try_extract(extractor: RegionExtractor, path: Path) -> ExtractedRegions | str:
+    """Regions, or the reason why there are none."""
+    try:
+        return extractor.extract(read_picture(path.name, path))
+    except RejectionError as error:
+        return error.reason
+    except DataError:
+        return REFUSED
