@@ -48,6 +48,15 @@ def add_shards(command: argparse.ArgumentParser) -> None:
     action.add_argument("folder", type=Path)
     action.add_argument("out", type=Path)
     action.set_defaults(run=_to_npz)
+    action = actions.add_parser("overlap", help="images that two sets share, by name and by the ids of COCO and others")
+    action.add_argument("first", help="a shard set, or anything that --exclude takes: [NAME SPACE:]PATH[#SPLIT,...]")
+    action.add_argument("second")
+    _add_same_images(action)
+    action.set_defaults(run=_overlap)
+    _add_checks(actions)
+
+
+def _add_checks(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     action = actions.add_parser("verify", help="check structure, checksums, shapes and values of a shard set")
     action.add_argument("folder", type=Path)
     extent = action.add_mutually_exclusive_group()
@@ -85,7 +94,31 @@ def _add_conversion(action: argparse.ArgumentParser) -> None:
     action.add_argument("--answers", type=Path, metavar="JSON", help="the answer list of question answering")
     action.add_argument("--source", default="", help="the data in words; default: the names of the files")
     action.add_argument("--allow-rejected", action="store_true", help="leave out what cannot be converted")
+    action.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="[NAME SPACE:]PATH[#SPLIT,...]",
+        help="leave these images out: a list, a shard set, a Karpathy or annotation file; may be repeated",
+    )
+    action.add_argument(
+        "--image-ids-of",
+        choices=("coco", "flickr", "visual-genome", "name"),
+        help="with --exclude: whose ids the image names are that are mere numbers",
+    )
+    _add_same_images(action)
     action.add_argument("out", type=Path)
+
+
+def _add_same_images(action: argparse.ArgumentParser) -> None:
+    action.add_argument(
+        "--same-images",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="JSON",
+        help="how data sets call the same images: Visual Genome's image_data.json, COCO's files; may be repeated",
+    )
 
 
 def _add_origin(action: argparse.ArgumentParser) -> None:
@@ -182,6 +215,7 @@ def _to_npz(parsed: argparse.Namespace) -> int:
 def _convert(parsed: argparse.Namespace, convert: "Callable[[Settings], Account]", detector_classes: int = 0) -> int:
     """Call a converter with its settings and print its account, also where it refuses."""
     from villa_ds.data.convert.account import IncompleteError  # noqa: PLC0415
+    from villa_ds.data.convert.exclusions import read_exclusions  # noqa: PLC0415
     from villa_ds.data.convert.settings import load_settings  # noqa: PLC0415
 
     settings = load_settings(
@@ -193,12 +227,22 @@ def _convert(parsed: argparse.Namespace, convert: "Callable[[Settings], Account]
         extra_pieces=parsed.extra_pieces,
         detector_classes=detector_classes,
         allow_rejected=parsed.allow_rejected,
+        exclusions=read_exclusions(parsed.exclude, parsed.same_images, parsed.image_ids_of),
     )
     try:
         print(convert(settings))
     except IncompleteError as error:
         print(error.account)
         raise
+    return 0
+
+
+def _overlap(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.convert.exclusions import overlap  # noqa: PLC0415
+
+    found = overlap(parsed.first, parsed.second, parsed.same_images)
+    print(found)
+    found.check()
     return 0
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from tests.unit.test_statements import holds
+from villa_ds.cli import main
 from villa_ds.data.convert.easy_vqa import SETS, demo, extract_all, read_package
 from villa_ds.data.convert.regions import FILE_NAME, PixelRegionExtractor
 from villa_ds.data.convert.statements import COLOURS, SHAPES, facts_of
@@ -65,6 +66,10 @@ def test_test_images_are_in_the_test_set_alone_and_held_out_images_in_no_trainin
         assert set(names(out / task / "train")) == train
         assert set(names(out / task / "validation")) == held_out
     assert names(out / "vqa/test") == [f"easy_vqa/test/{number}.png" for number in range(IMAGES // 4)]
+    for train_set in ("pretrain/train", "vqa/train"):
+        for other in ("vqa/test", "vqa/validation"):
+            assert main(["shards", "overlap", str(out / train_set), str(out / other)]) == 0
+    assert main(["shards", "overlap", str(out / "pretrain/train"), str(out / "vqa/train")]) == 2
 
 
 def test_questions_and_answers_are_the_packages_own(out):

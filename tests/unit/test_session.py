@@ -39,7 +39,9 @@ def test_sets_of_different_extractors_are_mixed_only_when_that_is_said(tmp_path:
     content = json.loads(path.read_text()) | {"extractor": "another one"}
     path.write_text(json.dumps(content | {"fingerprint": fingerprint_of(content)}))
     recipe = from_mapping(Recipe, tiny_recipe(tmp_path, tmp_path / "run"), "")
-    with pytest.raises(DataError, match="held-out: extractor 'another one' differs from 'random numbers'.*mix_extract"):
+    with pytest.raises(
+        DataError, match=r"held-out: extractor 'another one' differs from 'random numbers'.*mix_extract"
+    ):
         open_data(recipe)
     mixed = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, mix_extractors=True))
     assert open_data(mixed).validation["demo"].extractor == "another one"

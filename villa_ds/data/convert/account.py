@@ -1,8 +1,8 @@
-"""The account of a conversion: everything read is written or rejected for a reason that is named and counted."""
+"""The account of a conversion: everything read is written, excluded on demand, or rejected for a reason and counted."""
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +31,13 @@ class Tally:
     written: int = 0
     unused: int = 0  # images that no text names; nothing is lost by leaving them out
     rejected: Counter[str] = field(default_factory=Counter)  # by reason
-    first: dict[str, str] = field(default_factory=dict)  # reason -> its first case
+    excluded: Counter[str] = field(default_factory=Counter)  # by the list that asked for it
+    first: dict[str, str] = field(default_factory=dict)  # reason or list -> its first case
+
+    def exclude(self, label: str, name: str) -> None:
+        """Count what a list of exclusions keeps out: asked for, so no rejection."""
+        self.excluded[label] += 1
+        self.first.setdefault(label, name)
 
     def reject(self, error: RejectionError) -> None:
         """Count and log a rejection."""
@@ -41,26 +47,30 @@ class Tally:
 
     def check(self) -> None:
         """RuntimeError, a bug of the converter, if anything that was read went neither way."""
-        if self.read != self.written + self.rejected.total() + self.unused:
+        if self.read != self.written + self.rejected.total() + self.excluded.total() + self.unused:
             raise RuntimeError(f"conversion lost track of something: {self}")
 
     def __str__(self) -> str:
         total = self.rejected.total()
         sums = f"{self.kind}s: {self.read} read = {self.written} written + {total} rejected"
+        sums += f" + {self.excluded.total()} excluded" if self.excluded else ""
         lines = [f"{sums} + {self.unused} without texts" if self.unused else sums]
         for reason, count in self.rejected.most_common():
             lines.append(f"  {count} {reason}, first: {self.first[reason]}")
+        for label, count in self.excluded.items():
+            lines.append(f"  {count} excluded by {label}" + (f", first: {self.first[label]}" if count else ""))
         return "\n".join(lines)
 
 
 class Account:
     """The tallies of a conversion into `folder`; a context manager that keeps the log of rejections there."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, lists: Sequence[str] = ()) -> None:
+        """`lists`: labels of the lists of exclusions, which are told of even if they exclude nothing."""
         self._path = folder / LOG_NAME
         self._stream: TextIO | None = None
-        self.texts = Tally("text", self._log)
-        self.images = Tally("image", self._log)
+        self.texts = Tally("text", self._log, excluded=Counter(dict.fromkeys(lists, 0)))
+        self.images = Tally("image", self._log, excluded=Counter(dict.fromkeys(lists, 0)))
 
     @property
     def rejected(self) -> int:
@@ -68,7 +78,7 @@ class Account:
         return self.texts.rejected.total() + self.images.rejected.total()
 
     def check(self) -> None:
-        """RuntimeError unless read = written + rejected (+ without texts)."""
+        """RuntimeError unless read = written + rejected (+ excluded) (+ without texts)."""
         self.texts.check()
         self.images.check()
 

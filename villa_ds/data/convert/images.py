@@ -5,12 +5,13 @@ import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from villa_ds.data.convert.account import Account, RejectionError, Tally
 from villa_ds.data.convert.extractor import UNREADABLE, ExtractedRegions, RegionExtractor, read_picture
 from villa_ds.data.convert.extractors import pixel_extractor
-from villa_ds.data.convert.join import Names, Place, TextSource, convert
+from villa_ds.data.convert.identity import stem
+from villa_ds.data.convert.join import Listed, Place, TextSource, convert
 from villa_ds.data.convert.jsonl import JsonlTexts
 from villa_ds.data.convert.settings import Settings
 from villa_ds.data.processes import in_order
@@ -53,13 +54,12 @@ class ImageFolder:
                 images.reject(RejectionError(repr(name), UNREADABLE, "its name is not valid Unicode; rename it"))
                 continue
             self._names.add(name)
-            stem = _stem(name)
-            self._by_stem[stem] = _AMBIGUOUS if stem in self._by_stem else name
+            self._by_stem[stem(name)] = _AMBIGUOUS if stem(name) in self._by_stem else name
             yield name
 
     def file_of(self, name: str) -> str:
         """The scanned name that a text means: the same, or the only one that differs in its suffix alone."""
-        return name if name in self._names else self._by_stem.get(_stem(name)) or name
+        return name if name in self._names else self._by_stem.get(stem(name)) or name
 
     def read(self, name: str) -> Image:
         """One picture's regions."""
@@ -81,20 +81,15 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def _stem(name: str) -> str:
-    path = PurePosixPath(name)
-    return path.with_suffix("").as_posix() if path.suffix.lower() in SUFFIXES else name
-
-
 class _OfFiles:
     """Texts whose images are found among the files of a folder, with or without their suffixes."""
 
     def __init__(self, texts: TextSource, folder: ImageFolder) -> None:
         self._texts, self._folder = texts, folder
 
-    def scan(self, texts: Tally) -> Iterator[tuple[Place, str, Names]]:
-        for place, identifier, names in self._texts.scan(texts):
-            yield place, identifier, tuple(map(self._folder.file_of, names))
+    def scan(self, texts: Tally) -> Iterator[Listed]:
+        for listed in self._texts.scan(texts):
+            yield listed._replace(images=tuple(map(self._folder.file_of, listed.images)))
 
     def read(self, place: Place) -> Text:
         return self._texts.read(place)

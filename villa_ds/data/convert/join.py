@@ -6,12 +6,14 @@ Memory holds names and places, never features: one group is read, checked and wr
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from villa_ds.data.contract import MAX_KEY_LENGTH, key_problem, label_problems, region_problems, text_problems
 from villa_ds.data.convert.account import LOG_NAME, Account, IncompleteError, RejectionError, Tally
+from villa_ds.data.convert.exclusions import Exclusions
+from villa_ds.data.convert.identity import Identity
 from villa_ds.data.convert.settings import Settings
 from villa_ds.data.progress import with_progress
 from villa_ds.data.writer import Group, Image, SetInfo, ShardWriter, Text, complete_boxes
@@ -24,6 +26,15 @@ TWICE = "whose name or id came before"
 
 Place = int | str  # where a source finds a text again
 Names = tuple[str, ...]  # of the images that belong together
+
+
+class Listed(NamedTuple):
+    """What is known of a text before it is read."""
+
+    place: Place
+    id: str
+    images: Names
+    also: Sequence[Identity] | None = None  # what the source knows of its images beside their names; None: nothing
 
 
 class ImageSource(Protocol):
@@ -39,8 +50,8 @@ class ImageSource(Protocol):
 class TextSource(Protocol):
     """Texts that are read by place."""
 
-    def scan(self, texts: Tally) -> Iterator[tuple[Place, str, Names]]:
-        """(place, id, names of its images) of each text. Counts every text, rejects those of which this is unknown."""
+    def scan(self, texts: Tally) -> Iterator[Listed]:
+        """Each text's place, id and images. Counts every text, rejects those of which this is unknown."""
 
     def read(self, place: Place) -> Text:
         """One text. RejectionError if it cannot be had."""
@@ -59,9 +70,9 @@ def convert(
     """
     out = Path(out)
     _refuse_used_folder(out)
-    with Account(out) as account:
+    with Account(out, settings.exclusions.labels) as account:
         join = _Join(images, texts, account)
-        groups = join.groups()
+        groups = join.groups(settings.exclusions)
         info = join.describe(groups, settings, default_source)
         try:
             with ShardWriter(out, info, shard_bytes=settings.shard_bytes) as writer:
@@ -89,13 +100,19 @@ class _Join:
         self._position = [_positions(source, account.images) for source in sources]
         self._used: set[tuple[int, str]] = set()  # (number of the source, name) that some text names
         self._written: set[tuple[int, str]] = set()
+        self._excluded: dict[tuple[int, str], str] = {}  # image -> label of the list that keeps its texts out
         self._bad: dict[tuple[int, str], RejectionError] = {}
 
-    def groups(self) -> dict[Names, list[Place]]:
-        """Places of the texts by their images, in the order of the first source."""
+    def groups(self, exclusions: Exclusions) -> dict[Names, list[Place]]:
+        """Places of the texts that are not excluded by their images, in the order of the first source."""
         found: dict[Names, list[Place]] = {}
-        for place, identifier, names in self._texts.scan(self._account.texts):
+        for place, identifier, names, also in self._texts.scan(self._account.texts):
             images = self._located(names)
+            label = exclusions.match(names, also)
+            if label is not None:
+                self._account.texts.exclude(label, identifier)
+                self._excluded.update(dict.fromkeys(images, label))
+                continue
             missing = [name for number, name in images if name not in self._position[number]]
             self._used.update(set(images) - {(number, name) for number, name in images if name in missing})
             if len(self._sources) > 1 and len(names) != len(self._sources):
@@ -209,7 +226,7 @@ class _Join:
         return found[0] if found else None
 
     def settle_images(self) -> None:
-        """Count every image as written, rejected or without texts."""
+        """Count every image as written, rejected, excluded or without texts."""
         tally = self._account.images
         for number, names in enumerate(self._position):
             for name in names:
@@ -220,6 +237,8 @@ class _Join:
                     tally.reject(self._bad[where])
                 elif where in self._used:
                     tally.reject(RejectionError(name, "of which no text is left", "all its texts are rejected"))
+                elif where in self._excluded:
+                    tally.exclude(self._excluded[where], name)
                 else:
                     tally.unused += 1
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from villa_ds.data.convert.account import RejectionError, Tally
-from villa_ds.data.convert.join import TWICE, Names, Place
+from villa_ds.data.convert.join import TWICE, Listed, Names, Place
 from villa_ds.data.convert.region_files import UNREADABLE, bare
 from villa_ds.data.convert.settings import Settings
 from villa_ds.data.wordpiece import WordPieces
@@ -46,7 +46,7 @@ class JsonlTexts:
         """Close the file."""
         self._stream.close()
 
-    def scan(self, texts: Tally) -> Iterator[tuple[Place, str, Names]]:
+    def scan(self, texts: Tally) -> Iterator[Listed]:
         """Place, id and images of each line; rejects lines of another form and ids that occur again."""
         seen: set[str] = set()
         place = 0
@@ -63,7 +63,7 @@ class JsonlTexts:
                 texts.reject(error)
             else:
                 seen.add(row.id)
-                yield start, row.id, row.images
+                yield Listed(start, row.id, row.images)
 
     def read(self, place: Place) -> Text:
         """One text, encoded."""

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from villa_ds.data.convert.exclusions import Exclusions
 from villa_ds.data.wordpiece import WordPieces
 from villa_ds.data.writer import DEFAULT_SHARD_BYTES
 from villa_ds.errors import DataError
@@ -23,6 +24,7 @@ class Settings:
     detector_classes: int = 0  # for labels in top-k form, which don't tell it
     allow_rejected: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
+    exclusions: Exclusions = field(default_factory=Exclusions)
 
 
 def load_settings(
@@ -35,6 +37,7 @@ def load_settings(
     extra_pieces: int = 0,
     detector_classes: int = 0,
     allow_rejected: bool = False,
+    exclusions: Exclusions | None = None,
 ) -> Settings:
     """Settings with a vocabulary and an answer list read from their files; DataError names what is wrong with them."""
     return Settings(
@@ -46,6 +49,7 @@ def load_settings(
         extra_pieces=extra_pieces,
         detector_classes=detector_classes,
         allow_rejected=allow_rejected,
+        exclusions=exclusions or Exclusions(),
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from villa_ds.data.convert.account import RejectionError, Tally
+from villa_ds.data.convert.json_files import read_json
 from villa_ds.data.convert.region_files import DAMAGE, FIELDS, SUFFIX, UNREADABLE, Fields, bare, image_of, read_npz
 from villa_ds.data.writer import Image
 from villa_ds.errors import DataError
@@ -44,14 +45,6 @@ def open_lmdb(folder: Path) -> "lmdb.Environment":
         return lmdb.open(str(folder), readonly=True, lock=False, readahead=False, create=False)
     except lmdb.Error as error:
         raise DataError(f"{folder}: cannot be opened: {error}; copy it again") from None
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file. DataError if it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 def find_flavour(folder: Path) -> Path:

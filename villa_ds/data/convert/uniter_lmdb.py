@@ -17,10 +17,11 @@ from typing import Any
 
 from villa_ds.data.contract import text_problems
 from villa_ds.data.convert.account import Account, RejectionError, Tally
-from villa_ds.data.convert.join import CONTRACT, Names, Place, convert
+from villa_ds.data.convert.join import CONTRACT, Listed, Names, Place, convert
+from villa_ds.data.convert.json_files import read_json
 from villa_ds.data.convert.region_files import DAMAGE, UNREADABLE, bare
 from villa_ds.data.convert.settings import Settings
-from villa_ds.data.convert.uniter_images import LmdbImages, open_lmdb, read_json
+from villa_ds.data.convert.uniter_images import LmdbImages, open_lmdb
 from villa_ds.data.writer import Text
 from villa_ds.errors import DataError
 
@@ -86,7 +87,7 @@ class UniterTexts:
                         f"{self._images.get(identifier)!r}; the files are of different data bases"
                     )
 
-    def scan(self, texts: Tally) -> Iterator[tuple[Place, str, Names]]:
+    def scan(self, texts: Tally) -> Iterator[Listed]:
         """Ids and their images; rejects what only some of the data base's files know."""
         for identifier in self._strays:
             texts.read += 1
@@ -101,7 +102,7 @@ class UniterTexts:
             texts.read += 1
             try:
                 stored = self._images[identifier] if identifier in self._images else self._record(identifier)
-                yield identifier, identifier, self._names(identifier, stored)
+                yield Listed(identifier, identifier, self._names(identifier, stored))
             except RejectionError as error:
                 texts.reject(error)
 
