@@ -49,11 +49,13 @@ class DataConfig:
     workers: int = 2  # loader processes a rank; 0 loads in the training process
     prefetch: int = 4  # micro-batches loaded ahead, a worker
     mix_extractors: bool = False  # take sets of different extractors, whose features mean different things
+    damage_budget: float = 0.001  # share of a training set's pairs that may be damaged; validation sets may have none
 
     def __post_init__(self) -> None:
         for name in ("tokens", "rows_multiple", "lanes", "window", "max_text_length", "prefetch"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
         require(self.workers >= 0, "workers", self.workers, "give 0 or more")
+        require(0 <= self.damage_budget < 1, "damage_budget", self.damage_budget, "give a share from 0 to below 1")
 
 
 @dataclass(frozen=True)

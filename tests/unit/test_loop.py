@@ -95,7 +95,7 @@ def test_every_step_is_recorded_with_its_fields(straight: tuple[Path, Results], 
     for row, batches in zip(rows, delivered, strict=True):
         assert row.keys() == {
             "step", "phase", "lr", "grad_norm", "passes", "epoch", "data", "objective", "samples", "sample_digest",
-            "tokens", "tokens_per_s", "data_wait_s", "seconds", "losses",
+            "tokens", "tokens_per_s", "quarantined", "data_wait_s", "seconds", "losses",
         }  # fmt: skip
         assert row["phase"] == ("standard" if row["step"] <= STANDARD else "adversarial")
         assert row["passes"] == (2 if row["step"] <= STANDARD else 2 * 2)  # 2 lanes, K = 2 passes each
@@ -346,7 +346,7 @@ def poison(root: Path, group: int) -> None:
 
 
 @pytest.mark.parametrize(("start", "phase"), [(0, "standard"), (STANDARD, "adversarial")])
-def test_a_nan_stops_the_run_before_the_update_and_names_step_and_objective(
+def test_damage_beyond_the_budget_stops_the_run_before_the_update(
     root: Path, straight: tuple[Path, Results], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     start: int, phase: str,
 ) -> None:  # fmt: skip
@@ -354,20 +354,20 @@ def test_a_nan_stops_the_run_before_the_update_and_names_step_and_objective(
     sick = tmp_path / "sick"
     shutil.copytree(root, sick)
     poison(sick, 5)
-    bad = next(
-        batches
-        for batches in steps_of(recipe_of(sick, run))
-        if batches.step > start and not all(batch.features.isfinite().all() for batch in batches.batches)
-    )
+    bad = next(batches for batches in steps_of(recipe_of(sick, run)) if batches.step > start and batches.damage)
     assert start + 1 < bad.step <= (STANDARD if phase == "standard" else STEPS)
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(root, run, checkpoints=OFTEN))
 
     assert main(["train", str(recipe), f"data.root={sick}"]) == 3
 
-    message = capsys.readouterr().err.splitlines()[-1]
+    (damage,) = bad.damage
+    assert (damage.group, damage.key, damage.reason) == (5, "g00005", "has features or boxes that are not finite")
+    warning, message = capsys.readouterr().err.splitlines()[-2:]
+    assert warning == f"step {bad.step}: quarantined: data set demo: {damage} ({damage.pairs} pairs)"
     assert message == (
-        f"villa-ds: step {bad.step} ({phase}, {bad.objective}): the loss or gradient is not finite; "
-        "nothing was updated, the last checkpoint is good"
+        f"villa-ds: data set demo: {damage.pairs} of 46 pairs cannot be read, more than data.damage_budget 0.001 "
+        f"allows: {sick}/train/{damage} ({damage.pairs} pairs); `villa-ds shards verify {sick}/train` names all there "
+        "is: copy those shards again, start again"
     )
     rows, expected = metrics_rows(run), metrics_rows(straight[0])
     assert numbers(rows) == numbers(expected)[: bad.step - 1]

@@ -47,7 +47,7 @@ def test_lines_come_by_step_and_lane_and_are_json(lines: list[dict[str, Any]]) -
     ]
     assert json.loads(json.dumps(lines)) == lines
     assert {line["objective"] for line in lines} == set(OBJECTIVES)
-    assert lines[0].keys() == {"step", "lane", "data", "objective", "epoch", "index", "ids", "digest"}
+    assert lines[0].keys() == {"step", "lane", "data", "objective", "epoch", "index", "ids", "digest", "quarantined"}
     assert [(line["epoch"], line["index"]) for line in lines] == sorted(
         (line["epoch"], line["index"]) for line in lines
     )

@@ -5,21 +5,25 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from villa_ds.batch import Batch, Example, Reads, Sample
 from villa_ds.data.collate import collate
 from villa_ds.data.line import IntArray
+from villa_ds.data.quarantine import Damage, DamagedError
 from villa_ds.data.reader import ShardReader
-from villa_ds.errors import VillaError
+from villa_ds.errors import DamageError, VillaError
 from villa_ds.rng import Stream
 
 OPEN_FILES = 1 << 16  # a step of 1000 micro-batches a rank, with what is loaded ahead, needs a fifth of it
+_DRAWS = 64  # candidates to stand in for a row; all of them are damaged or too long only where nearly all the set is
 
 
 class Preparer(Protocol):
@@ -42,6 +46,7 @@ class Source:
     name: str  # of the data set; part of every random stream's key
     reader: ShardReader
     objective: Preparer
+    longest_text: int  # word pieces; longer texts are never delivered
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +59,30 @@ class Request:
     negatives: IntArray  # [rows] group number, -1 for none
 
 
-class BatchMaker(Dataset[Batch | VillaError]):
-    """Reads, prepares and collates what a `Request` asks for: a function of the request, the sources and the seed."""
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """A batch, and the damage that was met in making it."""
+
+    batch: Batch
+    damage: tuple[Damage, ...] = ()
+
+    def pin_memory(self) -> "Delivered":
+        """The same in page-locked memory (torch's DataLoader calls this)."""
+        return Delivered(self.batch.pin_memory(), self.damage)
+
+
+class BatchMaker(Dataset[Delivered | VillaError]):
+    """Reads, prepares and collates what a `Request` asks for: a function of the request, the sources and the seed.
+
+    A pair that is damaged, or whose mismatched image is, has no row in the batch. Where none is left, others of the set
+    stand in, so that every rank has something to compute (docs/data-order.md).
+    """
 
     def __init__(self, sources: Sequence[Source], seed: int) -> None:
         self._sources = sources
         self._seed = seed
 
-    def __getitem__(self, request: Request) -> Batch | VillaError:
+    def __getitem__(self, request: Request) -> Delivered | VillaError:
         """The batch, or the error that the user can mend.
 
         It is returned because torch would wrap a raised one of another process into the text of a traceback.
@@ -71,20 +92,70 @@ class BatchMaker(Dataset[Batch | VillaError]):
         except VillaError as error:
             return error
 
-    def make(self, request: Request) -> Batch:
+    def make(self, request: Request) -> Delivered:
         """Read, prepare and collate; each pair draws from a stream of its own."""
         source = self._sources[request.source]
-        objective, path = source.objective, (self._seed, source.name, "prepare", source.objective.name, request.epoch)
-        examples = [
-            objective.prepare(source.reader.sample(pair, negative), Stream(*path, pair))
+        damage: list[Damage] = []
+        planned = [
+            (pair, _read(source.reader, pair, negative, damage))
             for pair, negative in zip(request.pairs.tolist(), request.negatives.tolist(), strict=True)
         ]
-        return collate(examples, objective.reads)
+        samples = [(pair, sample) for pair, sample in planned if sample is not None]
+        samples = samples or self._stand_ins(source, request, damage)
+        objective, path = source.objective, (self._seed, source.name, "prepare", source.objective.name, request.epoch)
+        examples = [objective.prepare(sample, Stream(*path, pair)) for pair, sample in samples]
+        return Delivered(collate(examples, objective.reads), tuple(dict.fromkeys(damage)))
+
+    def _stand_ins(self, source: Source, request: Request, damage: list[Damage]) -> list[tuple[int, Sample]]:
+        """Pairs and samples for a micro-batch that has no sound pair: drawn from the whole set, for each row its own.
+
+        They take no more room than what they replace, but for the first. DamageError if next to nothing is sound.
+        """
+        index, longest = source.reader.manifest.index, 0
+        found: list[tuple[int, Sample]] = []
+        lengths = _lengths(index, request.pairs, request.negatives)
+        for pair, negative in zip(request.pairs.tolist(), request.negatives.tolist(), strict=True):
+            stream = Stream(self._seed, source.name, "stand-in", request.epoch, pair)
+            drawn = stream.integers(_DRAWS, len(index["pair_group"]))
+            others = stream.integers(_DRAWS, len(index["group_shard"])) if negative >= 0 else np.full(_DRAWS, -1)
+            allowed = (others != index["pair_group"][drawn]) & (index["pair_length"][drawn] <= source.longest_text)
+            for candidate, other in zip(drawn[allowed].tolist(), others[allowed].tolist(), strict=True):
+                sample = _read(source.reader, candidate, other, damage)
+                if sample is not None:
+                    break
+            else:
+                raise DamageError(
+                    f"data set {source.name}: nothing sound to stand in for pair {pair} in {_DRAWS} draws, after "
+                    f"{damage[0] if damage else 'no damage'}; check it with `villa-ds shards verify "
+                    f"{source.reader.manifest.folder}`"
+                )
+            length = _lengths(index, np.array([candidate]), np.array([other])).max()
+            longest = max(longest, int(length))
+            if found and longest * (len(found) + 1) > lengths.max() * len(lengths):
+                break
+            found.append((candidate, sample))
+        return found
+
+
+def _read(reader: ShardReader, pair: int, negative: int, damage: list[Damage]) -> Sample | None:
+    """The sample, or None and what is wrong in `damage`."""
+    try:
+        return reader.sample(pair, negative)
+    except DamagedError as error:
+        damage.append(error.damage)
+        return None
+
+
+def _lengths(index: Mapping[str, NDArray[Any]], pairs: IntArray, negatives: IntArray) -> IntArray:
+    """[rows] word pieces and regions of each pair, with the larger of its own and the mismatched image."""
+    regions = np.asarray(index["group_regions"][index["pair_group"][pairs]], np.int64)
+    others = np.where(negatives < 0, regions, index["group_regions"][negatives])
+    return np.asarray(index["pair_length"][pairs] + np.maximum(regions, others), np.int64)
 
 
 def deliver(
     maker: BatchMaker, requests: Iterable[Request], workers: int, prefetch: int, pin_memory: bool = False
-) -> Generator[Batch, None, None]:
+) -> Generator[Delivered, None, None]:
     """The batches of `requests`, in order.
 
     `workers` processes (0: none) are up to `prefetch` requests ahead each; they end with the iterator. `pin_memory`

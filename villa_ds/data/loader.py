@@ -12,6 +12,7 @@ from villa_ds.data.delivery import BatchMaker, Preparer, Request, Source, delive
 from villa_ds.data.lanes import BatchPlan, Position, describe_plan, draw_task, next_row
 from villa_ds.data.manifest import Manifest
 from villa_ds.data.plan import DataPlan, MicroBatch, PlanSettings
+from villa_ds.data.quarantine import Damage, DamagedError
 from villa_ds.data.reader import ShardReader
 from villa_ds.errors import CheckpointError
 
@@ -30,6 +31,7 @@ class StepBatches:
     batches: tuple[Batch, ...]  # of this rank's lanes, in order
     micro_batches: tuple[MicroBatch, ...]  # of all lanes, in order: the same on every rank
     wait_seconds: float  # how long the loader was waited for
+    damage: tuple[Damage, ...] = ()  # that this rank met in making its batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,8 @@ class Loader:
     these arguments but for `batch_plan.world`, `rank`, `data.workers` and `data.prefetch`, which only share the work.
 
     Raises ConfigError, DataError or DamageError where a set cannot be planned or read, CheckpointError if `position` is
-    of other data sets. Iterating again goes on after the last step that was delivered.
+    of other data sets. A damaged pair is no error: it is left out and told with the step. Iterating again goes on
+    after the last step that was delivered.
     """
 
     def __init__(
@@ -76,7 +79,8 @@ class Loader:
         self._pin_memory = pin_memory
         self._plans = {name: self._plan(name, sets[name]) for name in dict.fromkeys(name for name, _, _ in tasks)}
         readers = {name: ShardReader(sets[name]) for name in self._plans}
-        self._maker = BatchMaker([Source(name, readers[name], objective) for name, objective, _ in tasks], seed)
+        sources = [Source(name, readers[name], objective, data.max_text_length) for name, objective, _ in tasks]
+        self._maker = BatchMaker(sources, seed)
         self._state = _State(0, dict.fromkeys(self._plans, Position())) if position is None else self._parse(position)
         self._running: Generator[StepBatches, None, None] | None = None
 
@@ -159,14 +163,18 @@ class Loader:
             step = planned.popleft()
             self._state = step.after
             name, objective, _ = self._tasks[step.task]
-            yield StepBatches(step.after.step, step.task, name, objective.name, taken, step.micro_batches, waited)
+            yield StepBatches(
+                step.after.step, step.task, name, objective.name, tuple(made.batch for made in taken),
+                step.micro_batches, waited, tuple(case for made in taken for case in made.damage),
+            )  # fmt: skip
 
 
 class EvaluationLoader:
     """A held-out set in a fixed order, each pair exactly once, whatever the run's seed and the texts' length.
 
-    Iterating yields (batch, whether it counts). Every rank gets the same number; where the micro-batches do not
-    divide evenly some ranks repeat one that does not count. `limit` bounds the micro-batches of all ranks together.
+    Iterating yields (batch, whether it counts), and raises DamageError at the first damage. Every rank gets the same
+    number; where the micro-batches do not divide evenly some ranks repeat one that does not count. `limit` bounds the
+    micro-batches of all ranks together.
     """
 
     def __init__(
@@ -195,7 +203,9 @@ class EvaluationLoader:
                 rows=objective.rows,
             ),
         )
-        self._maker = BatchMaker([Source(EVALUATION_NAME, ShardReader(manifest), objective)], EVALUATION_SEED)
+        longest = int(manifest.index["pair_length"].max())
+        self._maker = BatchMaker([Source(EVALUATION_NAME, ShardReader(manifest), objective, longest)], EVALUATION_SEED)
+        self._folder = str(manifest.folder)
         count = self._plan.epoch(0).micro_batches
         self._count = count if limit is None else min(count, limit)
 
@@ -207,8 +217,10 @@ class EvaluationLoader:
         numbers = range(self._rank, len(self) * self._world, self._world)
         requests = map(self._request, numbers)
         batches = deliver(self._maker, requests, self._data.workers, self._data.prefetch, self._pin_memory)
-        for number, batch in zip(numbers, batches, strict=True):
-            yield batch, number < self._count
+        for number, made in zip(numbers, batches, strict=True):
+            if made.damage:
+                raise DamagedError(made.damage[0], self._folder)
+            yield made.batch, number < self._count
 
     def _request(self, number: int) -> Request:
         micro_batch = self._plan.micro_batch(0, min(number, self._count - 1))

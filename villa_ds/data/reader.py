@@ -3,10 +3,8 @@
 Shape legend: R regions of a group, D feature width, C detector classes, k kept classes, L word pieces.
 """
 
-import functools
-import io
+import errno
 import json
-import math
 import mmap
 import tarfile
 from dataclasses import dataclass
@@ -17,14 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from villa_ds.batch import ImageSpan, Regions, Sample
+from villa_ds.data import npy
+from villa_ds.data.contract import span_problems
 from villa_ds.data.manifest import Manifest, Shard
+from villa_ds.data.quarantine import Damage, DamagedError
 from villa_ds.data.recent import Recent
 from villa_ds.errors import DamageError, DataError
 
 OPEN_SHARDS = 128  # maps kept open by a reader; each costs a file descriptor, of which a process may have 1024
 BOX_WIDTH = 7
-_NPY_PREFIX = 10  # bytes before the header text of a `.npy` file of version 1.0; the last two are the text's length
-_MEND = "copy the shard again, `villa-ds shards verify` checks the whole set"
+_HEADER = 512  # bytes of a tar header
+_DAMAGED_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE)
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,16 @@ class _Group:
 class ShardReader:
     """Random access to the pairs of a shard set.
 
-    Region arrays are read-only views of the mapped file. Raises DamageError, naming shard and group, where the bytes
-    are not what the manifest and its index say; DataError where the set contradicts its own description. A reader can
-    be sent to another process, which maps the files anew.
+    Region arrays are read-only views of the mapped file. Raises DamagedError, which says what is lost, where the bytes
+    are not what the manifest and its index say; DataError where the set contradicts its own description. A group is
+    sound or damaged as a whole, whichever of its pairs is read, and so is a shard that cannot be opened: that is not
+    tried twice. A reader can be sent to another process, which maps the files anew.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self._shards: Recent[int, mmap.mmap] = Recent(OPEN_SHARDS)
+        self._lost: dict[int, Damage] = {}  # shards that cannot be opened
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[Manifest]]:
         return ShardReader, (self.manifest,)
@@ -53,18 +56,8 @@ class ShardReader:
     def sample(self, pair: int, negative_group: int = -1) -> Sample:
         """The pair of this number, with the regions of `negative_group` unless that is -1."""
         index = self.manifest.index
-        group, slot = int(index["pair_group"][pair]), int(index["pair_slot"][pair])
-        stored = self._group(group)
-        if slot >= len(stored.texts):
-            self._damaged(group, f"has {len(stored.texts)} texts, expected number {slot}, counted from 0")
-        text = stored.texts[slot]
-        expected = index["pair_id"][pair].decode(), int(index["pair_length"][pair])
-        if (text["id"], len(text["word_pieces"])) != expected:
-            self._damaged(
-                group,
-                f"has {len(text['word_pieces'])} word pieces of a text {text['id']!r}, "
-                f"expected {expected[1]} of {expected[0]!r}",
-            )
+        stored = self._group(int(index["pair_group"][pair]))
+        text = stored.texts[int(index["pair_slot"][pair])]
         other = None if negative_group < 0 else self._group(negative_group)
         return Sample(
             id=text["id"],
@@ -77,43 +70,80 @@ class ShardReader:
 
     def _group(self, group: int) -> _Group:
         index, stored = self.manifest.index, self.manifest.label_format
-        shard = int(index["group_shard"][group])
-        data = self._shards.get(shard, lambda: open_shard(self.manifest.folder, self.manifest.shards[shard]))
+        data = self._shard(int(index["group_shard"][group]))
         wanted = {"json", "features.npy", "boxes.npy", *(() if stored == "none" else ("labels.npy",))}
         try:
             members = _find_members(data, int(index["group_offset"][group]), wanted)
-            record = json.loads(_content(data, members["json"]))
-            features = _array(data, members["features.npy"])
-            boxes = _array(data, members["boxes.npy"])
-            labels = None if stored == "none" else _array(data, members["labels.npy"])
+            record = json.loads(_content(data, members["json"]), parse_constant=_refuse_constant)
+            features = npy.view(data, *members["features.npy"])
+            boxes = npy.view(data, *members["boxes.npy"])
+            labels = None if stored == "none" else npy.view(data, *members["labels.npy"])
             images = tuple(ImageSpan(item["name"], item["start"], item["stop"]) for item in record["images"])
             texts = record["texts"]
-        except (tarfile.TarError, ValueError) as error:  # ValueError: JSON, a .npy header, a member that ends too late
+        except (tarfile.TarError, ValueError, RecursionError) as error:  # of JSON, a .npy header, a member's bounds
             self._damaged(group, f"cannot be read: {error}")
         except (KeyError, TypeError) as error:
             self._damaged(group, f"lacks {error}")
         self._check(group, features, boxes)
+        self._check_texts(group, texts, images, len(features))
         if labels is not None:
             labels = self._dense_labels(group, labels, len(features))
         return _Group(Regions(features, boxes, labels, images), texts)
+
+    def _shard(self, shard: int) -> mmap.mmap:
+        """The bytes of a shard; DamagedError, also in later calls, if it cannot be opened."""
+        if shard not in self._lost:
+            described = self.manifest.shards[shard]
+            try:
+                return self._shards.get(shard, lambda: open_shard(self.manifest.folder, described))
+            except DamageError as error:
+                self._lost[shard] = Damage(described.name, None, None, None, described.pairs, str(error))
+        raise DamagedError(self._lost[shard], str(self.manifest.folder))
 
     def _check(self, group: int, features: NDArray[Any], boxes: NDArray[Any]) -> None:
         width, regions = self.manifest.feature_width, int(self.manifest.index["group_regions"][group])
         if features.ndim == 2 and features.shape[1] != width:
             raise DataError(
-                f"{self._where(group)} has features of width {features.shape[1]}, but the set is {width} wide; "
-                "shards of another set were copied in: write the set again"
+                f"{self.manifest.folder}/{self._damage(group, '')}has features of width {features.shape[1]}, but the "
+                f"set is {width} wide; shards of another set were copied in: write the set again"
             )
         self._expect(group, "features", features, f"float16[{regions}, {width}]")
         self._expect(group, "boxes", boxes, f"float32[{regions}, {BOX_WIDTH}]")
+        if not (all_finite(features) and np.isfinite(boxes).all()):
+            self._damaged(group, "has features or boxes that are not finite")
+
+    def _check_texts(self, group: int, texts: Any, images: tuple[ImageSpan, ...], regions: int) -> None:
+        """The group's JSON against the index and the vocabulary."""
+        index, size = self.manifest.index, self.manifest.vocabulary.size
+        first, end = self._pairs_of(group)
+        expected = list(
+            zip(index["pair_id"][first:end].tolist(), index["pair_length"][first:end].tolist(), strict=True)
+        )
+        try:
+            found = [(text["id"].encode(), len(text["word_pieces"])) for text in texts]
+            pieces = [piece for text in texts for piece in text["word_pieces"]]
+            sound = set(map(type, pieces)) <= {int} and min(pieces, default=0) >= 0 and max(pieces, default=0) < size
+            sound = sound and all(type(text["target"]) is dict for text in texts)
+            sound = sound and all(type(span.start) is int is type(span.stop) for span in images)
+            problem = next(span_problems([(span.name, span.start, span.stop) for span in images], regions), None)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            self._damaged(group, f"has texts or images that cannot be read: {error}")
+        if found != expected:
+            self._damaged(group, f"has texts (id, word pieces) {_shown(found)}, expected {_shown(expected)}")
+        if not sound or problem is not None:
+            self._damaged(group, problem or f"has a text without target, or word pieces that are not in 0..{size - 1}")
 
     def _dense_labels(self, group: int, labels: NDArray[Any], regions: int) -> NDArray[np.float16]:
         """Detector distributions float16 [R, C] of what is stored: the same, or float32 [R, k, 2] of the k largest."""
         classes = self.manifest.detector_classes
         if self.manifest.label_format == "dense":
             self._expect(group, "labels", labels, f"float16[{regions}, {classes}]")
+            if not all_finite(labels):
+                self._damaged(group, "has labels that are not finite")
             return labels
         self._expect(group, "labels", labels, f"float32[{regions}, {labels.shape[1] if labels.ndim > 1 else 'k'}, 2]")
+        if labels.size == 0 or not np.isfinite(labels).all():
+            self._damaged(group, "has labels that are not finite, or none at all")
         ids = labels[..., 0].astype(np.int64)
         if ids.min() < 0 or ids.max() >= classes:
             self._damaged(group, f"has labels of classes {ids.min()} to {ids.max()}, expected 0 to {classes - 1}")
@@ -126,26 +156,62 @@ class ShardReader:
         if found != expected:
             self._damaged(group, f"has {name} {found}, expected {expected}")
 
-    def _where(self, group: int) -> str:
-        shard = self.manifest.shards[int(self.manifest.index["group_shard"][group])]
-        offset = int(self.manifest.index["group_offset"][group])
-        return f"{self.manifest.folder / shard.name}: group {group} at byte {offset}"
+    def _damage(self, group: int, reason: str) -> Damage:
+        index = self.manifest.index
+        shard, offset = int(index["group_shard"][group]), int(index["group_offset"][group])
+        first, end = self._pairs_of(group)
+        key = _read_key(self._shard(shard), offset)
+        return Damage(self.manifest.shards[shard].name, group, offset, key, end - first, reason)
+
+    def _pairs_of(self, group: int) -> tuple[int, int]:
+        """First pair of a group and the first after it."""
+        first, end = self.manifest.index["pair_group"].searchsorted(np.array([group, group + 1]))
+        return int(first), int(end)
 
     def _damaged(self, group: int, what: str) -> NoReturn:
-        raise DamageError(f"{self._where(group)} {what}; {_MEND}") from None
+        raise DamagedError(self._damage(group, what), str(self.manifest.folder)) from None
 
 
 def open_shard(folder: Path, shard: Shard) -> mmap.mmap:
-    """The bytes of a shard, mapped read-only. DamageError if the file is missing or has another size than it should."""
+    """The bytes of a shard, mapped read-only.
+
+    DamageError, which says only what is wrong, if the file is missing, unreadable or has another size than it should;
+    DataError where the process may not open it or has too many files open.
+    """
     path = folder / shard.name
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             if size != shard.bytes:
-                raise DamageError(f"{path}: has {size} bytes, the manifest says {shard.bytes}; {_MEND}")
+                raise DamageError(f"has {size} bytes, the manifest says {shard.bytes}")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise DamageError(f"{path}: cannot be opened: {error.strerror}; {_MEND}") from None
+        if error.errno not in _DAMAGED_FILE:
+            raise DataError(f"{path}: cannot be opened: {error.strerror}; mend that, start again") from None
+        raise DamageError(f"cannot be opened: {error.strerror}") from None
+
+
+def all_finite(array: NDArray[np.float16]) -> bool:
+    """Whether no value is infinite or NaN; numpy's own test takes twenty times as long on float16."""
+    return int((array.view(np.uint16) & np.uint16(0x7FFF)).max(initial=0)) < 0x7C00  # the exponent is all ones
+
+
+def _read_key(data: mmap.mmap, offset: int) -> str | None:
+    """Key of the tar sample at `offset`, None if there is no sound header."""
+    try:
+        header = tarfile.TarInfo.frombuf(data[offset : offset + _HEADER], "utf-8", "strict")
+    except (tarfile.HeaderError, ValueError):
+        return None
+    return header.name.partition(".")[0]
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _shown(texts: list[tuple[bytes, int]]) -> str:
+    text = str([(identifier.decode(errors="replace"), length) for identifier, length in texts])
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _find_members(data: mmap.mmap, offset: int, wanted: set[str]) -> dict[str, tuple[int, int]]:
@@ -169,26 +235,3 @@ def _find_members(data: mmap.mmap, offset: int, wanted: set[str]) -> dict[str, t
 def _content(data: mmap.mmap, member: tuple[int, int]) -> bytes:
     start, size = member
     return data[start : start + size]
-
-
-def _array(data: mmap.mmap, member: tuple[int, int]) -> NDArray[Any]:
-    """A read-only view of a `.npy` member. ValueError if it is malformed, of objects or does not fill its member."""
-    start, size = member
-    length = _NPY_PREFIX + int.from_bytes(data[start + _NPY_PREFIX - 2 : start + _NPY_PREFIX], "little")
-    shape, dtype = _parse_npy_header(data[start : start + length])
-    count = math.prod(shape)
-    if length + count * dtype.itemsize != size:
-        raise ValueError(f"an array {dtype}{list(shape)} does not fill {size} bytes")
-    return np.frombuffer(data, dtype, count, start + length).reshape(shape)
-
-
-@functools.lru_cache(maxsize=4096)  # arrays of equal shape have equal headers, and numpy takes long to parse one
-def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    stream = io.BytesIO(header)
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
-        raise ValueError(f".npy of version {version}, expected (1, 0)")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    if fortran and len(shape) > 1:
-        raise ValueError("an array in Fortran order")
-    return shape, dtype

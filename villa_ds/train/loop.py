@@ -12,6 +12,7 @@ from typing import Any
 from villa_ds.config import PhaseConfig, Recipe
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import StepBatches
+from villa_ds.data.quarantine import Quarantine
 from villa_ds.errors import NonFiniteError, PreemptedError, RolledBackError
 from villa_ds.train.adversary import Adversary
 from villa_ds.train.checkpoint import CheckpointStore, read_state
@@ -20,6 +21,7 @@ from villa_ds.train.evaluate import evaluate_all
 from villa_ds.train.lock import locked
 from villa_ds.train.metrics import MetricsLog, Stopwatch, SumTable
 from villa_ds.train.optim import learning_rate
+from villa_ds.train.quarantine import QuarantineLog
 from villa_ds.train.rundir import (
     RESULTS_NAME,
     open_run_directory,
@@ -66,11 +68,12 @@ def train(recipe: Recipe, allow_change: Iterable[str] = (), stop: StopRequest | 
     with locked(directory, engine), Pulse(directory, engine, recipe.watch.timeout_s) as pulse:
         store = CheckpointStore(directory, recipe.checkpoints, engine)
         guard = Guard(recipe.stability, directory, engine.rank)
+        quarantine = QuarantineLog(Quarantine(data.sets, recipe.data.damage_budget), directory, engine.rank)
         finished = finished_results(directory, store, engine, recipe.total_steps)
         if finished is not None:
             log.info("finished already: %s", directory / RESULTS_NAME)
             return finished
-        run = Run(recipe, data, engine, plan, directory, store, guard, pulse, stop)
+        run = Run(recipe, data, engine, plan, directory, store, guard, quarantine, pulse, stop)
         while True:
             try:
                 results = run.go_on(allow_change)
@@ -93,6 +96,7 @@ class Run:
     directory: Path
     store: CheckpointStore
     guard: Guard
+    quarantine: QuarantineLog
     pulse: Pulse
     stop: StopRequest
     step: int = 0  # optimizer steps done
@@ -130,11 +134,19 @@ class Run:
                 sums = SumTable() if left_out else take_step(engine, work, phase, phase_step)
                 self.pulse.at(step, "update")
                 passes, rate = engine.passes, learning_rate(step, recipe.optimizer, recipe.total_steps)
-                asked, due, loss = engine.agree([self.stop.asked, self.store.due(step), sums.peak_loss()])
+                asked, due, loss, damaged = engine.agree(
+                    [self.stop.asked, self.store.due(step), sums.peak_loss(), self.quarantine.has_news(batches)]
+                )
+                if damaged:
+                    self.quarantine.add(step, batches.data, engine.gather(batches.damage))
                 norm = None if left_out else self.update(rate, loss, phase.name, batches.objective)
                 fields = {"step": step, "phase": phase.name, "lr": rate, "grad_norm": norm, "passes": passes}
                 fields |= sample_fields(batches, recipe.log_sample_ids)
-                fields |= {"data_wait_s": batches.wait_seconds, "seconds": watch.lap()}
+                fields |= {
+                    "quarantined": self.quarantine.pairs,
+                    "data_wait_s": batches.wait_seconds,
+                    "seconds": watch.lap(),
+                }
                 self.metrics.record(fields, sums, sum(batch.tokens for batch in batches.batches))
 
                 last = step == recipe.total_steps
@@ -154,11 +166,13 @@ class Run:
         folder = self.store.newest_good()
         self.saved = self.store.committed
         if folder is None:
+            self.quarantine.restore([])
             return 0, None
         state = read_state(folder)
         refuse_silent_changes(folder, state, self.data, self.plan, allow_change)
         self.engine.load(folder)
         self.guard.restore(state.get("stability", {}))
+        self.quarantine.restore(state.get("quarantine", []))
         log.info("resumed from %s", folder)
         return int(state["step"]), state["position"]
 
@@ -182,7 +196,7 @@ class Run:
             self.pulse.at(self.step, "saving")
             self.metrics.flush()
             state = run_state(self.recipe, self.data, self.plan, self.step, self.loader.state())
-            state |= {"stability": self.guard.state()}
+            state |= {"stability": self.guard.state(), "quarantine": self.quarantine.state()}
             self.store.save(self.step, self.engine.snapshot(), state, hindrance=self.metrics.problem)
             self.saved = self.step
 

@@ -30,6 +30,7 @@ FREE_KEYS = (
     "data.validation",
     "data.workers",
     "data.prefetch",
+    "data.damage_budget",
     "engine",
     "validation",
     "checkpoints",
