@@ -19,7 +19,7 @@ from villa_ds.data.collate import collate
 from villa_ds.data.line import IntArray
 from villa_ds.data.quarantine import Damage, DamagedError
 from villa_ds.data.reader import ShardReader
-from villa_ds.errors import DamageError, VillaError
+from villa_ds.errors import VillaError
 from villa_ds.rng import Stream
 
 OPEN_FILES = 1 << 16  # a step of 1000 micro-batches a rank, with what is loaded ahead, needs a fifth of it
@@ -109,7 +109,7 @@ class BatchMaker(Dataset[Delivered | VillaError]):
     def _stand_ins(self, source: Source, request: Request, damage: list[Damage]) -> list[tuple[int, Sample]]:
         """Pairs and samples for a micro-batch that has no sound pair: drawn from the whole set, for each row its own.
 
-        They take no more room than what they replace, but for the first. DamageError if next to nothing is sound.
+        They take no more room than what they replace, but for the first. DamagedError if next to nothing is sound.
         """
         index, longest = source.reader.manifest.index, 0
         found: list[tuple[int, Sample]] = []
@@ -124,11 +124,7 @@ class BatchMaker(Dataset[Delivered | VillaError]):
                 if sample is not None:
                     break
             else:
-                raise DamageError(
-                    f"data set {source.name}: nothing sound to stand in for pair {pair} in {_DRAWS} draws, after "
-                    f"{damage[0] if damage else 'no damage'}; check it with `villa-ds shards verify "
-                    f"{source.reader.manifest.folder}`"
-                )
+                raise DamagedError(damage[0], str(source.reader.manifest.folder))
             length = _lengths(index, np.array([candidate]), np.array([other])).max()
             longest = max(longest, int(length))
             if found and longest * (len(found) + 1) > lengths.max() * len(lengths):
