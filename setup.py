@@ -44,6 +44,7 @@ setup(
     entry_points={"console_scripts": ["villa-ds = villa_ds.cli:main"]},
     install_requires=[
         "deepspeed>=0.15",
+        "fsspec>=2024.2",
         "numpy>=1.24",
         "pillow>=9",
         "pyyaml>=6",
@@ -56,7 +57,11 @@ setup(
     ],
     # NVIDIA's apex (fused LayerNorm and FusedAdam) is an optional install from its source: https://github.com/NVIDIA/apex
     # It can't be an extra here: the name `apex` on PyPI belongs to another project.
+    # Protocols of remote shards bring much along, and each user wants one of them.
     extras_require={
+        "s3": ["s3fs>=2024.2"],
+        "gs": ["gcsfs>=2024.2"],
+        "hf": ["huggingface_hub>=0.20"],
         "convert": ["lmdb>=1.4", "lz4>=4", "msgpack>=1"],
         "detector": ["torchvision>=0.18"],
         "images": ["scikit-image>=0.20", "scipy>=1.10"],

@@ -21,6 +21,7 @@ from villa_ds.config import AdversaryConfig, EngineConfig, ModalityConfig, Model
 from villa_ds.config_objectives import ObjectivesConfig
 from villa_ds.data.collate import collate
 from villa_ds.data.manifest import Manifest, Vocabulary
+from villa_ds.data.store import LocalStore
 from villa_ds.objectives.base import Objective, build_objective
 from villa_ds.rng import Stream
 from villa_ds.train.adversary import Adversary
@@ -35,7 +36,7 @@ def manifest() -> Manifest:
     """Sizes of VQA v2 with bottom-up features; there are no shards behind it."""
     vocabulary = Vocabulary(size=28996, sha256="", pad=0, unk=100, cls=101, sep=102, mask=103, random_low=106)
     return Manifest(
-        folder=record.RESULTS, shards=(), feature_width=WIDTH, detector_classes=0, label_format="none",
+        store=LocalStore(record.RESULTS), shards=(), feature_width=WIDTH, detector_classes=0, label_format="none",
         vocabulary=vocabulary, answers=(), extractor="", source="", command="", fingerprint="", index_files={},
     )  # fmt: skip
 

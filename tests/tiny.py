@@ -11,6 +11,7 @@ from villa_ds.config import ModelConfig
 from villa_ds.config_objectives import ItmConfig, ObjectivesConfig
 from villa_ds.data.collate import collate
 from villa_ds.data.manifest import Manifest, Vocabulary
+from villa_ds.data.store import LocalStore
 from villa_ds.objectives import itm, mlm, mrm, vqa  # noqa: F401  (registers the objectives)
 from villa_ds.objectives.base import Objective, build_objective
 from villa_ds.rng import Stream
@@ -19,7 +20,7 @@ from villa_ds.train.module import TrainModule, build_module
 VOCABULARY = Vocabulary(size=50, sha256="v", pad=0, unk=1, cls=2, sep=3, mask=4, random_low=5)
 WIDTH, CLASSES = 12, 7
 MANIFEST = Manifest(
-    folder=Path("tiny"), shards=(), feature_width=WIDTH, detector_classes=CLASSES, label_format="dense",
+    store=LocalStore(Path("tiny")), shards=(), feature_width=WIDTH, detector_classes=CLASSES, label_format="dense",
     vocabulary=VOCABULARY, answers=tuple("abcde"), extractor="e", source="s", command="c", fingerprint="f",
     index_files={},
 )  # fmt: skip

@@ -58,14 +58,14 @@ def add_shards(command: argparse.ArgumentParser) -> None:
 
 def _add_checks(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     action = actions.add_parser("verify", help="check structure, checksums, shapes and values of a shard set")
-    action.add_argument("folder", type=Path)
+    action.add_argument("location", metavar="SET", help="a folder, a URL prefix or a pipe: command")
     extent = action.add_mutually_exclusive_group()
     extent.add_argument("--sample", type=positive, default=None, metavar="N", help="a quick look: read N groups only")
     extent.add_argument("--processes", type=positive, default=None, help="that read; default: one a CPU")
     action.add_argument("--seed", type=int, default=0, help="which groups --sample draws")
     action.set_defaults(run=_verify)
     action = actions.add_parser("stat", help="counts, lengths, vocabulary and label statistics of a shard set")
-    action.add_argument("folder", type=Path)
+    action.add_argument("location", metavar="SET", help="a folder, a URL prefix or a pipe: command")
     action.set_defaults(run=_stat)
 
 
@@ -250,9 +250,9 @@ def _verify(parsed: argparse.Namespace) -> int:
     from villa_ds.data.verify import verify, verify_sample  # noqa: PLC0415
 
     if parsed.sample is None:
-        report = verify(parsed.folder, parsed.processes)
+        report = verify(parsed.location, parsed.processes)
     else:
-        report = verify_sample(parsed.folder, parsed.sample, parsed.seed)
+        report = verify_sample(parsed.location, parsed.sample, parsed.seed)
     print(report)
     report.check()
     return 0
@@ -261,5 +261,5 @@ def _verify(parsed: argparse.Namespace) -> int:
 def _stat(parsed: argparse.Namespace) -> int:
     from villa_ds.data.statistics import stat  # noqa: PLC0415
 
-    print(stat(parsed.folder))
+    print(stat(parsed.location))
     return 0

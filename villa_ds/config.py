@@ -38,7 +38,7 @@ class ModelConfig:
 class DataConfig:
     """Where the shards are and how they become micro-batches."""
 
-    root: str = "."  # folder that the set paths are relative to
+    root: str = "."  # folder, URL prefix or pipe: command that the set paths are relative to (docs/remote.md)
     sets: Mapping[str, str] = field(default_factory=dict)  # training sets: name -> shard folder
     validation: Mapping[str, str] = field(default_factory=dict)  # the same names -> held-out shard folder
     tokens: int = 10240  # token budget of a micro-batch: rows x longest row, word pieces + regions + 2 a row
@@ -50,12 +50,20 @@ class DataConfig:
     prefetch: int = 4  # micro-batches loaded ahead, a worker
     mix_extractors: bool = False  # take sets of different extractors, whose features mean different things
     damage_budget: float = 0.001  # share of a training set's pairs that may be damaged; validation sets may have none
+    cache: str | None = None  # folder for copies of remote shards; None: $VILLA_DS_CACHE, or the user's cache folder
+    cache_gib: float = 100.0  # what it may hold, of all runs together; more only where all of it is in use
+    fetch_ahead: int = 2  # remote shards fetched before they are needed, a rank and data set; 0: none
+    retries: int = 5  # further attempts at a remote file, each after a longer wait, that bring it no further
+    timeout_s: float = 60.0  # for a connection to a remote store, and for its next bytes
 
     def __post_init__(self) -> None:
         for name in ("tokens", "rows_multiple", "lanes", "window", "max_text_length", "prefetch"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
-        require(self.workers >= 0, "workers", self.workers, "give 0 or more")
         require(0 <= self.damage_budget < 1, "damage_budget", self.damage_budget, "give a share from 0 to below 1")
+        for name in ("workers", "fetch_ahead", "retries"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        for name in ("cache_gib", "timeout_s"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "give more than 0")
 
 
 @dataclass(frozen=True)

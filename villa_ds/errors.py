@@ -27,6 +27,10 @@ class DamageError(VillaError):
     exit_code = 3
 
 
+class RemoteError(VillaError):
+    """A remote shard set cannot be reached, or does not answer as it should; nothing is known to be damaged."""
+
+
 class WeightsError(VillaError):
     """Weights do not fit the model; names the tensors and both shapes."""
 

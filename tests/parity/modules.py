@@ -17,6 +17,7 @@ from villa_ds.config_objectives import (
     VqaConfig,
 )
 from villa_ds.data.manifest import Manifest, Vocabulary
+from villa_ds.data.store import LocalStore
 from villa_ds.models.weights import load_reference, to_reference
 from villa_ds.objectives.base import build_objective
 from villa_ds.train.module import TrainModule, build_module
@@ -47,7 +48,7 @@ def manifest_of(vocabulary_size: int, feature_width: int, detector_classes: int 
     """A manifest that only declares sizes."""
     vocabulary = Vocabulary(vocabulary_size, "", pad=0, unk=4, cls=1, sep=2, mask=MASK_ID, random_low=5)
     return Manifest(
-        folder=Path("golden"),
+        store=LocalStore(Path("golden")),
         shards=(),
         feature_width=feature_width,
         detector_classes=detector_classes,

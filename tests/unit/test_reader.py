@@ -113,7 +113,7 @@ def test_few_maps_stay_open_and_arrays_outlive_them(tmp_path: Path, monkeypatch:
     opened: list[str] = []
     original = reader_module.open_shard
     monkeypatch.setattr(
-        reader_module, "open_shard", lambda folder, shard: opened.append(shard.name) or original(folder, shard)
+        reader_module, "open_shard", lambda store, shard: opened.append(shard.name) or original(store, shard)
     )
     reader = ShardReader(manifest)
     samples = [reader.sample(pair) for pair in [0, 1, 1, 0, 2, 0, 1]]

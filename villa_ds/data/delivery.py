@@ -124,7 +124,7 @@ class BatchMaker(Dataset[Delivered | VillaError]):
                 if sample is not None:
                     break
             else:
-                raise DamagedError(damage[0], str(source.reader.manifest.folder))
+                raise DamagedError(damage[0], str(source.reader.manifest.store))
             length = _lengths(index, np.array([candidate]), np.array([other])).max()
             longest = max(longest, int(length))
             if found and longest * (len(found) + 1) > lengths.max() * len(lengths):

@@ -205,7 +205,7 @@ class EvaluationLoader:
         )
         longest = int(manifest.index["pair_length"].max())
         self._maker = BatchMaker([Source(EVALUATION_NAME, ShardReader(manifest), objective, longest)], EVALUATION_SEED)
-        self._folder = str(manifest.folder)
+        self._folder = str(manifest.store)
         count = self._plan.epoch(0).micro_batches
         self._count = count if limit is None else min(count, limit)
 

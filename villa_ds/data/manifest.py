@@ -17,6 +17,7 @@ Index arrays (name -> dtype, shape):
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,10 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from villa_ds.config import DataConfig
 from villa_ds.data import npy
-from villa_ds.errors import DataError
+from villa_ds.data.store import LocalStore, Store, open_store
+from villa_ds.errors import DamageError, DataError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -117,7 +120,7 @@ def vocabulary_bytes(pieces: Sequence[str]) -> bytes:
 class Manifest:
     """A loaded `manifest.json`; index arrays are mapped on first use."""
 
-    folder: Path
+    store: Store  # where the files lie
     shards: tuple[Shard, ...]
     feature_width: int  # D
     detector_classes: int  # C, 0 when the set has no labels; class 0 is background
@@ -133,15 +136,36 @@ class Manifest:
     @cached_property
     def index(self) -> Mapping[str, NDArray[Any]]:
         """The index arrays by name, memory-mapped read-only. DataError if they do not fit the shard list."""
-        arrays = {name: _load_index(self.folder / f"{name}.npy", name) for name in INDEX_DTYPES}
+        arrays = {name: self._load_index(name) for name in INDEX_DTYPES}
         for name, array in arrays.items():
             expected = self.num_groups if name.startswith("group") else self.num_pairs
             if len(array) != expected:
                 raise DataError(
-                    f"{self.folder / name}.npy: {len(array)} entries, but {MANIFEST_NAME} counts {expected}; "
+                    f"{self.store.at(name)}.npy: {len(array)} entries, but {MANIFEST_NAME} counts {expected}; "
                     "the files are of different sets: copy the whole folder again"
                 )
         return arrays
+
+    def _load_index(self, name: str) -> NDArray[Any]:
+        path = self.store.at(f"{name}.npy")
+        try:
+            with self.store.open(f"{name}.npy", self.index_files[name]) as file:
+                array = npy.view(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except DamageError as error:
+            raise DamageError(f"{path}: {error}; put the right file there") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot read the index array: {error}; run `villa-ds shards verify`") from None
+        matches = array.dtype.kind == "S" if INDEX_DTYPES[name] == "S" else array.dtype == INDEX_DTYPES[name]
+        if array.ndim != 1 or not matches:
+            raise DataError(f"{path}: expected a 1-d {INDEX_DTYPES[name]} array, found {array.dtype} {array.shape}")
+        return array
+
+    @property
+    def folder(self) -> Path:
+        """The folder of a local set. DataError for a remote one."""
+        if isinstance(self.store, LocalStore):
+            return self.store.folder
+        raise DataError(f"{self.store}: this needs the set in a folder of this machine; copy it there first")
 
     @property
     def num_groups(self) -> int:
@@ -158,23 +182,15 @@ class Manifest:
         return {name: value for name, value in self.__dict__.items() if name != "index"}
 
 
-def _load_index(path: Path, name: str) -> NDArray[Any]:
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot read the index array: {error}; run `villa-ds shards verify`") from None
-    matches = array.dtype.kind == "S" if INDEX_DTYPES[name] == "S" else array.dtype == INDEX_DTYPES[name]
-    if array.ndim != 1 or not matches:
-        raise DataError(f"{path}: expected a 1-d {INDEX_DTYPES[name]} array, found {array.dtype} {array.shape}")
-    return array
+def load_manifest(location: str | Path, data: DataConfig = DataConfig()) -> Manifest:  # noqa: B008  frozen
+    """Read and check `manifest.json` of a shard set: a folder, a URL prefix or a `pipe:` command (docs/remote.md).
 
-
-def load_manifest(folder: str | Path) -> Manifest:
-    """Read and check `manifest.json` of a shard folder. DataError names the file, the key and the mend."""
-    folder = Path(folder)
-    path = folder / MANIFEST_NAME
+    DataError names the file, the key and the mend; RemoteError where a remote set can't be reached.
+    """
+    store = open_store(location, data)
+    path = store.at(MANIFEST_NAME)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(store.read(MANIFEST_NAME))
     except FileNotFoundError:
         raise DataError(f"{path}: no manifest; is data.root right, was `villa-ds shards` run?") from None
     except (OSError, ValueError) as error:
@@ -183,16 +199,16 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}; {_MEND}")
     if content.get("schema") != SCHEMA_VERSION:
         raise DataError(f"{path}: schema {content.get('schema')!r} is not {SCHEMA_VERSION}, which this version reads")
-    return _parse(folder, content)
+    return _parse(store, content)
 
 
-def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
+def _parse(store: Store, content: dict[str, Any]) -> Manifest:
     """The manifest of a JSON object of the right schema; every field checked."""
-    fields = _Fields(folder / MANIFEST_NAME, "", content)
-    names = [item.name for item in dataclasses.fields(Manifest) if item.name != "folder"]
+    fields = _Fields(store.at(MANIFEST_NAME), "", content)
+    names = [item.name for item in dataclasses.fields(Manifest) if item.name != "store"]
     fields.only("schema", *names)
     manifest = Manifest(
-        folder=folder,
+        store=store.pinned(MANIFEST_NAME, fields.sha256("fingerprint")),
         shards=_parse_shards(fields),
         feature_width=fields.count("feature_width", 1),
         detector_classes=fields.count("detector_classes", 0),
@@ -246,7 +262,7 @@ def _parse_index_files(fields: "_Fields") -> Mapping[str, str]:
 class _Fields:
     """Typed reads of a JSON object; a failure names the file and the dotted key."""
 
-    def __init__(self, path: Path, prefix: str, content: Mapping[str, Any]) -> None:
+    def __init__(self, path: str, prefix: str, content: Mapping[str, Any]) -> None:
         self._path, self._prefix, self._content = path, prefix, content
 
     def fail(self, key: str, expected: str) -> NoReturn:
@@ -345,7 +361,7 @@ def write_manifest(
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }
     content["fingerprint"] = fingerprint_of(content)
-    manifest = _parse(folder, content)  # never write what could not be read
+    manifest = _parse(LocalStore(folder), content)  # never write what could not be read
     replace_file(folder / MANIFEST_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     return manifest
 

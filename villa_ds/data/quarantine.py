@@ -111,10 +111,10 @@ class Quarantine:
             entries = [entry for entry in self.entries if entry.data == data]
             lost = sum(entry.lost for entry in entries)
             if lost > self._budget * manifest.num_pairs:
-                cases = _listed([f"{manifest.folder}/{entry.damage} ({entry.lost} pairs)" for entry in entries])
+                cases = _listed([f"{manifest.store}/{entry.damage} ({entry.lost} pairs)" for entry in entries])
                 raise DamageError(
                     f"data set {data}: {lost} of {manifest.num_pairs} pairs cannot be read, more than "
-                    f"data.damage_budget {self._budget} allows: {cases}; `villa-ds shards verify {manifest.folder}` "
+                    f"data.damage_budget {self._budget} allows: {cases}; `villa-ds shards verify {manifest.store}` "
                     "names all there is: copy those shards again, start again"
                 )
 

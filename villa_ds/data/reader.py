@@ -8,7 +8,6 @@ import json
 import mmap
 import tarfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,6 +19,7 @@ from villa_ds.data.contract import span_problems
 from villa_ds.data.manifest import Manifest, Shard
 from villa_ds.data.quarantine import Damage, DamagedError
 from villa_ds.data.recent import Recent
+from villa_ds.data.store import Store
 from villa_ds.errors import DamageError, DataError
 
 OPEN_SHARDS = 128  # maps kept open by a reader; each costs a file descriptor, of which a process may have 1024
@@ -95,16 +95,16 @@ class ShardReader:
         if shard not in self._lost:
             described = self.manifest.shards[shard]
             try:
-                return self._shards.get(shard, lambda: open_shard(self.manifest.folder, described))
+                return self._shards.get(shard, lambda: open_shard(self.manifest.store, described))
             except DamageError as error:
                 self._lost[shard] = Damage(described.name, None, None, None, described.pairs, str(error))
-        raise DamagedError(self._lost[shard], str(self.manifest.folder))
+        raise DamagedError(self._lost[shard], str(self.manifest.store))
 
     def _check(self, group: int, features: NDArray[Any], boxes: NDArray[Any]) -> None:
         width, regions = self.manifest.feature_width, int(self.manifest.index["group_regions"][group])
         if features.ndim == 2 and features.shape[1] != width:
             raise DataError(
-                f"{self.manifest.folder}/{self._damage(group, '')}has features of width {features.shape[1]}, but the "
+                f"{self.manifest.store}/{self._damage(group, '')}has features of width {features.shape[1]}, but the "
                 f"set is {width} wide; shards of another set were copied in: write the set again"
             )
         self._expect(group, "features", features, f"float16[{regions}, {width}]")
@@ -169,25 +169,26 @@ class ShardReader:
         return int(first), int(end)
 
     def _damaged(self, group: int, what: str) -> NoReturn:
-        raise DamagedError(self._damage(group, what), str(self.manifest.folder)) from None
+        raise DamagedError(self._damage(group, what), str(self.manifest.store)) from None
 
 
-def open_shard(folder: Path, shard: Shard) -> mmap.mmap:
+def open_shard(store: Store, shard: Shard) -> mmap.mmap:
     """The bytes of a shard, mapped read-only.
 
     DamageError, which says only what is wrong, if the file is missing, unreadable or has another size than it should;
     DataError where the process may not open it or has too many files open.
     """
-    path = folder / shard.name
     try:
-        with path.open("rb") as file:
+        with store.open(shard.name, shard.sha256, shard.bytes) as file:
             size = file.seek(0, 2)
             if size != shard.bytes:
                 raise DamageError(f"has {size} bytes, the manifest says {shard.bytes}")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         if error.errno not in _DAMAGED_FILE:
-            raise DataError(f"{path}: cannot be opened: {error.strerror}; mend that, start again") from None
+            raise DataError(
+                f"{store.at(shard.name)}: cannot be opened: {error.strerror}; mend that, start again"
+            ) from None
         raise DamageError(f"cannot be opened: {error.strerror}") from None
 
 

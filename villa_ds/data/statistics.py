@@ -31,7 +31,7 @@ class Statistics:
         manifest = self.manifest
         total, largest = (size([shard.bytes for shard in manifest.shards]) for size in (sum, max))
         lines = [
-            f"{manifest.folder}",
+            f"{manifest.store}",
             f"source       {manifest.source}",
             f"extractor    {manifest.extractor}",
             f"fingerprint  {manifest.fingerprint}",
@@ -52,9 +52,9 @@ class Statistics:
         return "\n".join(lines)
 
 
-def stat(folder: str | Path) -> Statistics:
+def stat(location: str | Path) -> Statistics:
     """Statistics of a shard set. DataError or DamageError if it cannot be read."""
-    manifest = load_manifest(folder)
+    manifest = load_manifest(location)
     index = manifest.index
     texts = np.bincount(index["pair_group"], minlength=manifest.num_groups)
     first = np.cumsum(texts) - texts  # each group's first pair

@@ -1,5 +1,6 @@
 """Groups as they lie in a tar, whole or one at an offset, and what is wrong with one."""
 
+import contextlib
 import json
 import os
 import tarfile
@@ -64,9 +65,12 @@ class StoredGroup:
     members: dict[str, bytes]  # extension -> content
 
 
-def walk(path: Path) -> Iterator[StoredGroup]:
-    """The groups of a tar in order. tarfile.TarError or OSError where it cannot be read."""
-    with path.open("rb") as stream:
+def walk(source: Path | BinaryIO) -> Iterator[StoredGroup]:
+    """The groups of a tar in order, of a file that is open at its beginning or of a path.
+
+    tarfile.TarError or OSError where it cannot be read.
+    """
+    with contextlib.nullcontext(source) if not isinstance(source, Path) else source.open("rb") as stream:
         yield from _groups(stream)
 
 

@@ -4,13 +4,16 @@ Damage (bytes that are not those that were written) is told from violations (byt
 allow), because the mends differ: copy again, or convert again.
 """
 
+import contextlib
 import functools
 import hashlib
+import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 from villa_ds.data.manifest import INDEX_DTYPES, VOCABULARY_NAME, Manifest, Vocabulary, load_manifest
 from villa_ds.data.processes import in_order
 from villa_ds.data.progress import with_progress
+from villa_ds.data.store import Store
 from villa_ds.data.stored import Form, decode, group_at, walk
 from villa_ds.errors import DamageError, DataError
 from villa_ds.rng import numbered_words
@@ -53,7 +57,7 @@ class Report:
         """Every problem on a line, then one line of what was checked."""
         held = f"{self.manifest.num_pairs} pairs, {self.manifest.num_groups} groups, {len(self.manifest.shards)} shards"
         verdict = f"{len(self.problems)} problems" if self.problems else "all as they should be"
-        lines = [*map(str, self.problems), f"{self.manifest.folder}: {held}, {verdict}"]
+        lines = [*map(str, self.problems), f"{self.manifest.store}: {held}, {verdict}"]
         if self.groups_read < self.manifest.num_groups:
             lines[-1] += (
                 f" as far as was looked: {self.groups_read} of {self.manifest.num_groups} groups; the rest not read, "
@@ -65,19 +69,19 @@ class Report:
         """DamageError if any bytes are damaged, DataError if the set breaks the contract otherwise."""
         damaged = [problem for problem in self.problems if problem.damage]
         if damaged:
-            raise DamageError(f"{self.manifest.folder}: {damaged[0]}; copy the damaged files again")
+            raise DamageError(f"{self.manifest.store}: {damaged[0]}; copy the damaged files again")
         if self.problems:
             whole = self.groups_read == self.manifest.num_groups
             mend = "write the set again" if whole else "verify the whole set, which tells damage from a wrong writer"
-            raise DataError(f"{self.manifest.folder}: {self.problems[0]}; {mend}")
+            raise DataError(f"{self.manifest.store}: {self.problems[0]}; {mend}")
 
 
-def verify(folder: str | Path, processes: int | None = 1) -> Report:
-    """Check a whole shard set; reads all of it, by so many processes (None: one a CPU, or one alone for a small set).
+def verify(location: str | Path, processes: int | None = 1) -> Report:
+    """Check a whole set, local or remote; reads all of it, by so many processes (None: one a CPU; for a small set one).
 
     DataError at once if there is no readable manifest to check against.
     """
-    manifest = load_manifest(folder)
+    manifest = load_manifest(location)
     problems = _beside_the_shards(manifest)
     check = functools.partial(_whole_shard, manifest, not problems)
     if processes is None and sum(shard.bytes for shard in manifest.shards) < _SMALL:
@@ -95,13 +99,13 @@ def verify(folder: str | Path, processes: int | None = 1) -> Report:
     return Report(manifest, tuple(problems), manifest.num_groups)
 
 
-def verify_sample(folder: str | Path, groups: int, seed: int = 0) -> Report:
+def verify_sample(location: str | Path, groups: int, seed: int = 0) -> Report:
     """A quick look: all of the manifest, vocabulary and index arrays, the shards' sizes, and some groups fully.
 
     The groups are drawn by `seed`, one from each of `groups` equal stretches of the set. Checksums of shards are not
     compared. DataError if there is no readable manifest.
     """
-    manifest = load_manifest(folder)
+    manifest = load_manifest(location)
     problems = _beside_the_shards(manifest)
     missing = [_size_problems(manifest, number) for number in range(len(manifest.shards))]
     problems += [problem for found in missing for problem in found]
@@ -130,20 +134,21 @@ def _beside_the_shards(manifest: Manifest) -> list[Problem]:
 
 def _file_problems(manifest: Manifest) -> Iterator[Problem]:
     """Files beside the shards: the vocabulary, and tars that the manifest does not know."""
-    path = manifest.folder / VOCABULARY_NAME
-    digest = _sha256(path)
-    if digest != manifest.vocabulary.sha256:
-        yield Problem(path.name, None, _mismatch(digest, manifest.vocabulary.sha256), damage=True)
+    name, sha256 = VOCABULARY_NAME, manifest.vocabulary.sha256
+    with _checked(manifest.store, name, sha256) as (file, wrong):
+        text = b"" if file is None else file.read()
+    if wrong:
+        yield Problem(name, None, wrong, damage=True)
     else:
         try:
-            record = Vocabulary.of(path.read_text(encoding="utf-8").split("\n")[:-1])
+            record = Vocabulary.of(text.decode().split("\n")[:-1])
         except (DataError, UnicodeDecodeError) as error:
-            yield Problem(path.name, None, str(error), damage=False)
+            yield Problem(name, None, str(error), damage=False)
         else:
             if record != manifest.vocabulary:
-                yield Problem(path.name, None, f"gives {record}, the manifest says {manifest.vocabulary}", damage=False)
+                yield Problem(name, None, f"gives {record}, the manifest says {manifest.vocabulary}", damage=False)
     known = {shard.name for shard in manifest.shards}
-    for stray in sorted(item.name for item in manifest.folder.glob("*.tar") if item.name not in known):
+    for stray in (name for name in manifest.store.tars() if name not in known):
         yield Problem(stray, None, "not in the manifest; it is no part of the set and may be deleted", damage=False)
 
 
@@ -151,10 +156,10 @@ def _index_problems(manifest: Manifest) -> Iterator[Problem]:
     """Index arrays: their checksums, then their types and lengths."""
     intact = True
     for name in INDEX_DTYPES:
-        digest, expected = _sha256(manifest.folder / f"{name}.npy"), manifest.index_files[name]
-        if digest != expected:
-            intact = False
-            yield Problem(f"{name}.npy", None, _mismatch(digest, expected), damage=True)
+        with _checked(manifest.store, f"{name}.npy", manifest.index_files[name]) as (_, wrong):
+            if wrong:
+                intact = False
+                yield Problem(f"{name}.npy", None, wrong, damage=True)
     if intact:
         try:
             _ = manifest.index
@@ -202,31 +207,39 @@ def _offset_problems(manifest: Manifest, shards: NDArray[np.int64]) -> Iterator[
 def _size_problems(manifest: Manifest, number: int) -> list[Problem]:
     shard = manifest.shards[number]
     try:
-        size = (manifest.folder / shard.name).stat().st_size
+        size = manifest.store.size(shard.name)
     except OSError:
         return [Problem(shard.name, None, "missing or unreadable", damage=True)]
-    text = f"has {size} bytes, the manifest says {shard.bytes}"
-    return [] if size == shard.bytes else [Problem(shard.name, None, text, damage=True)]
+    if size in (None, shard.bytes):
+        return []
+    return [Problem(shard.name, None, f"has {size} bytes, the manifest says {shard.bytes}", damage=True)]
 
 
 def _whole_shard(manifest: Manifest, index_is_sound: bool, number: int) -> tuple[list[Problem], list[str]]:
     """Everything wrong with a shard, and the keys of its groups."""
     shard = manifest.shards[number]
-    path = manifest.folder / shard.name
-    digest = _sha256(path)
-    sizes = _size_problems(manifest, number)
-    if digest is None:
-        return sizes, []
-    if digest == shard.sha256:  # then it is the manifest that is wrong
-        found = [Problem(problem.file, None, problem.text, damage=False) for problem in sizes]
-    else:
-        size = f" ({path.stat().st_size} bytes, expected {shard.bytes})"
-        found = [Problem(shard.name, None, _mismatch(digest, shard.sha256) + size, damage=True)]
+    with _checked(manifest.store, shard.name, shard.sha256, shard.bytes) as (file, wrong):
+        found = [] if wrong is None else [Problem(shard.name, None, wrong, damage=True)]
+        if file is None:
+            return found, []
+        if wrong is None:  # then it is the manifest whose size is wrong
+            sizes = _size_problems(manifest, number)
+            found += [Problem(problem.file, None, problem.text, damage=False) for problem in sizes]
+        inside, keys = _inside_shard(manifest, index_is_sound, number, file, damaged=wrong is not None)
+        return [*found, *inside], keys
+
+
+def _inside_shard(
+    manifest: Manifest, index_is_sound: bool, number: int, file: BinaryIO, *, damaged: bool
+) -> tuple[list[Problem], list[str]]:
+    """Everything wrong with a shard's content, and the keys of its groups."""
+    shard = manifest.shards[number]
+    found: list[Problem] = []
     first = sum(earlier.groups for earlier in manifest.shards[:number])
     form, texts = Form.of(manifest), 0
     keys: list[str] = []
     try:
-        for stored in walk(path):
+        for stored in walk(file):
             group = first + len(keys) if index_is_sound and len(keys) < shard.groups else None
             keys.append(stored.key)
             problems: list[str] = []
@@ -235,14 +248,14 @@ def _whole_shard(manifest: Manifest, index_is_sound: bool, number: int) -> tuple
                 texts += len(content.texts)
                 if group is not None:
                     problems += _index_differences(manifest.index, group, stored.offset, content.regions, content.texts)
-            found += [Problem(shard.name, stored.key, text, digest != shard.sha256) for text in problems]
+            found += [Problem(shard.name, stored.key, text, damaged) for text in problems]
     except (tarfile.TarError, OSError) as error:
         text = f"not a readable tar after {len(keys)} groups: {error}"
-        found.append(Problem(shard.name, None, text, digest != shard.sha256))
+        found.append(Problem(shard.name, None, text, damaged))
     for count, expected, what in ((len(keys), shard.groups, "groups"), (texts, shard.pairs, "pairs")):
         if count != expected and (what == "groups" or not found):
             text = f"{count} {what}, the manifest says {expected}"
-            found.append(Problem(shard.name, None, text, digest != shard.sha256))
+            found.append(Problem(shard.name, None, text, damaged))
     return found, keys
 
 
@@ -250,7 +263,7 @@ def _group_in_place(manifest: Manifest, number: int, group: int) -> list[Problem
     """Everything wrong with one group of shard `number`, read where the index says that it lies."""
     shard, offset = manifest.shards[number], int(manifest.index["group_offset"][group])
     try:
-        with (manifest.folder / shard.name).open("rb") as stream:
+        with manifest.store.open(shard.name, shard.sha256, shard.bytes) as stream:
             stored = group_at(stream, offset)
     except (tarfile.TarError, OSError) as error:
         return [Problem(shard.name, None, f"group {group} at byte {offset} cannot be read: {error}", damage=True)]
@@ -278,17 +291,37 @@ def _index_differences(
         yield f"has texts (id, length) {stored}, the pair arrays say {said}"
 
 
-def _sha256(path: Path) -> str | None:
-    """Hexadecimal digest of a file; None if it cannot be read."""
+@contextmanager
+def _checked(
+    store: Store, name: str, sha256: str, size: int | None = None
+) -> Iterator[tuple[BinaryIO | None, str | None]]:
+    """A file of a set, at its beginning, and what is wrong with its bytes as a whole; None for the one or the other."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(store.open(name, sha256, size))
+            digest = _sha256(file)
+            other = None if digest == sha256 else store.renew(name, sha256, size)
+            if other is not None:
+                file = stack.enter_context(other)
+                digest = _sha256(file)
+            file.seek(0)
+        except DamageError as error:
+            yield None, str(error)
+        except OSError:
+            yield None, "missing or unreadable"
+        else:
+            yield file, None if digest == sha256 else _mismatch(digest, sha256, file, size)
+
+
+def _sha256(file: BinaryIO) -> str:
+    """Hexadecimal digest of an open file."""
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-    except OSError:
-        return None
+    while block := file.read(_BLOCK):
+        digest.update(block)
     return digest.hexdigest()
 
 
-def _mismatch(digest: str | None, expected: str) -> str:
-    return "missing or unreadable" if digest is None else f"sha256 is {digest}, the manifest says {expected}"
+def _mismatch(digest: str, expected: str, file: BinaryIO, size: int | None) -> str:
+    found = os.fstat(file.fileno()).st_size
+    sizes = "" if size is None else f" ({found} bytes, expected {size})"
+    return f"sha256 is {digest}, the manifest says {expected}{sizes}"

@@ -232,7 +232,7 @@ def _build(name: str, settings: ObjectivesConfig, manifest: Manifest) -> Objecti
         return MaskedFeatureRegression(manifest.vocabulary, probability)
     if manifest.detector_classes < 2:
         raise ConfigError(
-            f"objective {name!r} needs detector labels, which {manifest.folder} does not hold; "
+            f"objective {name!r} needs detector labels, which {manifest.store} does not hold; "
             "convert the set with labels, or take mrfr"
         )
     form = MaskedRegionClassification if name == "mrc" else MaskedRegionDistribution

@@ -29,7 +29,7 @@ class VisualEntailment(AnswerScoring):
 def _build(_: str, __: ObjectivesConfig, manifest: Manifest) -> Objective:
     if manifest.answers and manifest.answers != RELATIONS:
         raise ConfigError(
-            f"objective 've' has the answers {', '.join(RELATIONS)}; the list of {manifest.folder} is another: "
+            f"objective 've' has the answers {', '.join(RELATIONS)}; the list of {manifest.store} is another: "
             "convert the set with these, in this order, or with none"
         )
     return VisualEntailment(manifest.vocabulary, len(RELATIONS), RELATIONS)

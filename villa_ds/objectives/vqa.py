@@ -27,6 +27,6 @@ def _build(_: str, settings: ObjectivesConfig, manifest: Manifest) -> Objective:
     if num_answers < 1:
         raise ConfigError(
             f"objectives.vqa.num_answers: {num_answers!r} does not do: give 1 or more, or a set with an answer list "
-            f"({manifest.folder} has none)"
+            f"({manifest.store} has none)"
         )
     return VisualQuestionAnswering(manifest.vocabulary, num_answers, manifest.answers)

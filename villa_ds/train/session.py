@@ -16,6 +16,7 @@ from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import EvaluationLoader, Loader
 from villa_ds.data.manifest import Manifest, load_manifest
 from villa_ds.data.plan import SPECIAL_TOKENS
+from villa_ds.data.transport import join
 from villa_ds.errors import CheckpointError, ConfigError, DataError
 from villa_ds.mapping import to_mapping
 from villa_ds.models.weights import initialize_from, load_reference, to_reference
@@ -46,9 +47,11 @@ class RunData:
 
 def open_data(recipe: Recipe) -> RunData:
     """Load the manifests and build the objectives; sets that do not fit together are a `DataError`."""
-    root = Path(recipe.data.root)
-    sets = {name: load_manifest(root / folder) for name, folder in recipe.data.sets.items()}
-    validation = {name: load_manifest(root / folder) for name, folder in recipe.data.validation.items()}
+    settings = recipe.data
+    sets = {name: load_manifest(join(settings.root, place), settings) for name, place in settings.sets.items()}
+    validation = {
+        name: load_manifest(join(settings.root, place), settings) for name, place in settings.validation.items()
+    }
     everything = [*sets.values(), *validation.values()]
     for aspect in ("feature_width", "detector_classes"):
         _require_equal(aspect, everything, [getattr(manifest, aspect) for manifest in everything])
@@ -72,7 +75,7 @@ def _require_equal(
     for manifest, value in zip(manifests, values, strict=True):
         if value != values[0]:
             raise DataError(
-                f"{manifest.folder}: {aspect} {value!r} differs from {values[0]!r} of {manifests[0].folder}: {mend}"
+                f"{manifest.store}: {aspect} {value!r} differs from {values[0]!r} of {manifests[0].store}: {mend}"
             )
 
 
@@ -97,7 +100,7 @@ def _refuse_long_texts(recipe: Recipe, data: RunData, positions: int) -> None:
         if longest > positions:
             raise ConfigError(
                 f"model.max_position_embeddings: {positions} is too small for a text of {longest} tokens in "
-                f"{manifest.folder}; raise it" + (", or lower data.max_text_length" if limit is not None else "")
+                f"{manifest.store}; raise it" + (", or lower data.max_text_length" if limit is not None else "")
             )
 
 
