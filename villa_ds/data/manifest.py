@@ -362,7 +362,9 @@ def write_manifest(
     }
     content["fingerprint"] = fingerprint_of(content)
     manifest = _parse(LocalStore(folder), content)  # never write what could not be read
+    sync_folder(folder)
     replace_file(folder / MANIFEST_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    sync_folder(folder)
     return manifest
 
 
@@ -374,3 +376,12 @@ def replace_file(path: Path, data: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a loss of power; the content of files is synced by who writes them."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -3,21 +3,29 @@
 import contextlib
 import multiprocessing
 import os
+import signal
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
 
 from villa_ds.errors import DataError
 
 T = TypeVar("T")
 U = TypeVar("U")
+_AHEAD = 2  # chunks a process: one at work, one waiting; more only takes memory
+_function: Callable[[Any], Any] | None = None  # of a worker process
 
 
 def in_order(function: Callable[[T], U], items: Sequence[T], processes: int | None, chunk: int = 1) -> Iterator[U]:
     """`function` of each item, in order, by so many processes (default: one a CPU); by this one if 1 is enough.
 
-    A process takes `chunk` items at a time. DataError if one is killed. The first exception of `function` ends all.
+    A process gets `function` once and takes `chunk` items at a time, and no more than a few chunks are under way, so
+    what waits to be taken is bounded. DataError if a process is killed. The first exception of `function` ends all.
+    Processes leave SIGINT to this one and end with it, however it ends.
     """
     count = min(processes or cpus(), -(-len(items) // chunk))
     if count <= 1:
@@ -25,13 +33,45 @@ def in_order(function: Callable[[T], U], items: Sequence[T], processes: int | No
         return
     # Not fork: a forked child of a process with threads can hang on a lock that one of them held.
     context = multiprocessing.get_context("spawn")
-    with _one_thread_a_child(), ProcessPoolExecutor(count, mp_context=context) as pool:
+    waiting: deque[Future[list[U]]] = deque()
+    with (
+        _one_thread_a_child(),
+        ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(function,)) as pool,
+    ):
         try:
-            yield from pool.map(function, items, chunksize=chunk)
+            for start in range(0, len(items), chunk):
+                # not a slice: items may be made one by one
+                part = [items[place] for place in range(start, min(start + chunk, len(items)))]
+                waiting.append(pool.submit(_work, part))
+                if len(waiting) == _AHEAD * count:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
         except BrokenProcessPool:
             raise DataError(f"one of {count} processes was killed, perhaps for memory; give fewer processes") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(function: Callable[[Any], Any]) -> None:
+    global _function  # noqa: PLW0603  # a process has no other place that outlives a call
+    _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal it comes to all; the first process decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Not even `kill -9` of the first process may leave others waiting for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _work(items: Sequence[Any]) -> list[Any]:
+    if _function is None:
+        raise RuntimeError("a worker process was not begun")
+    return [_function(item) for item in items]
 
 
 def cpus() -> int:

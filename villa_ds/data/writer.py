@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,6 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset import TarWriter
 
 from villa_ds.data import npy
 from villa_ds.data.contract import (
@@ -26,7 +25,15 @@ from villa_ds.data.contract import (
     target_problems,
     text_problems,
 )
-from villa_ds.data.manifest import LABEL_FORMATS, MANIFEST_NAME, Manifest, Shard, Vocabulary, write_manifest
+from villa_ds.data.manifest import (
+    LABEL_FORMATS,
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    Vocabulary,
+    sync_folder,
+    write_manifest,
+)
 from villa_ds.errors import DataError
 
 DEFAULT_SHARD_BYTES = 1 << 30  # large enough to read at disk speed, small enough to spread over lanes
@@ -95,26 +102,58 @@ class SetInfo:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class GroupRecord:
+    """What the index says of one group."""
+
+    key: str
+    offset: int  # of its first tar header in the shard, in bytes
+    regions: int
+    texts: Sequence[tuple[str, int]]  # (id, number of word pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """A finished shard: all that a writer has to know of it to go on after it."""
+
+    shard: Shard
+    groups: Sequence[GroupRecord]
+
+
 class ShardWriter:
     """Context manager that writes a shard set; the manifest is written last, so a killed writer leaves none.
 
     `add` raises DataError, naming the group's key, for a group that the contract does not allow. A new shard begins
     when the open one has `shard_groups` groups or the next group would take it beyond `shard_bytes`. `manifest` is set
     after the block.
+
+    `on_shard` is called with each shard when it is safely on the disk. A writer that is given as `finished` what an
+    earlier one told in this way goes on after these shards, and deletes all else that is left of a set in the folder.
+    Without `finished` a folder that holds a set, or the remains of one, is refused.
     """
 
     manifest: Manifest
 
     def __init__(
-        self, folder: str | Path, info: SetInfo, shard_bytes: int = DEFAULT_SHARD_BYTES, shard_groups: int | None = None
+        self,
+        folder: str | Path,
+        info: SetInfo,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        shard_groups: int | None = None,
+        *,
+        finished: Sequence[ShardRecord] | None = None,
+        on_shard: Callable[[ShardRecord], None] | None = None,
     ) -> None:
-        self._folder, self._info = Path(folder), info
+        self._folder, self._info, self._on_shard = Path(folder), info, on_shard
         self._shard_bytes, self._shard_groups = shard_bytes, shard_groups
         self._shards: list[Shard] = []
         self._open: _OpenShard | None = None
         self._keys: set[str] = set()
         self._index = IndexBuilder()
-        self._refuse_used_folder()
+        if finished is None:
+            self._refuse_used_folder()
+        else:
+            self._go_on_after(finished)
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def _refuse_used_folder(self) -> None:
@@ -123,6 +162,18 @@ class ShardWriter:
         leftovers = sorted(self._folder.glob("shard-*.tar*"))
         if leftovers:
             raise DataError(f"{leftovers[0]}: left by an unfinished run; delete {self._folder} and start again")
+
+    def _go_on_after(self, finished: Sequence[ShardRecord]) -> None:
+        for number, record in enumerate(finished):
+            self._shards.append(record.shard)
+            for group in record.groups:
+                self._index.add(number, group.offset, group.regions, group.texts)
+                self._keys.add(group.key)
+        (self._folder / MANIFEST_NAME).unlink(missing_ok=True)  # a folder with a manifest is complete
+        known = {record.shard.name for record in finished}
+        for left in self._folder.glob("shard-*.tar*"):
+            if left.name not in known:
+                left.unlink()
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -165,14 +216,14 @@ class ShardWriter:
         except DataError as error:
             raise DataError(f"group {group.key!r}: {error}") from None
         shard = self._shard_for(_tar_size(group.members))
-        offset = shard.add(group.key, group.members, len(group.texts))
+        offset = shard.add(group)
         self._index.add(len(self._shards), offset, group.regions, group.texts)
         self._keys.add(group.key)
 
     def _shard_for(self, size: int) -> "_OpenShard":
         """The shard that takes the next group, which takes `size` bytes of tar."""
         shard = self._open
-        full = shard is not None and (shard.groups == self._shard_groups or shard.size + size > self._shard_bytes)
+        full = shard is not None and (len(shard.groups) == self._shard_groups or shard.size + size > self._shard_bytes)
         if shard is None or full:
             self._finish_shard()
             shard = self._open = _OpenShard(self._folder / f"shard-{len(self._shards):06d}.tar")
@@ -180,8 +231,11 @@ class ShardWriter:
 
     def _finish_shard(self) -> None:
         if self._open is not None:
-            self._shards.append(self._open.finish())
+            record = self._open.finish()
             self._open = None
+            self._shards.append(record.shard)
+            if self._on_shard is not None:
+                self._on_shard(record)
 
 
 class IndexBuilder:
@@ -230,30 +284,35 @@ class _OpenShard:
     """A tar that is being written under a temporary name, hashed as its bytes go by."""
 
     def __init__(self, path: Path) -> None:
+        # Not at the top: it imports torch, which processes that only encode groups have no need of.
+        from webdataset import TarWriter  # noqa: PLC0415
+
         self._path, self._temporary = path, path.with_name(f"{path.name}.partial")
         self._stream = _HashingStream(self._temporary.open("xb"))
         # Fixed owner, mode and time: equal groups give equal bytes, whoever writes them and when.
         self._tar = TarWriter(self._stream, user="", group="", mode=0o644, mtime=0, encoder=False)
-        self.groups = self.pairs = 0
+        self.groups: list[GroupRecord] = []
 
     @property
     def size(self) -> int:
         """Bytes so far."""
         return int(self._tar.tarstream.offset)
 
-    def add(self, key: str, members: Mapping[str, bytes], pairs: int) -> int:
+    def add(self, group: EncodedGroup) -> int:
         """Append a group's members; returns the byte offset of its first header."""
         offset = self.size
-        self._tar.write({"__key__": key, **members})
-        self.groups += 1
-        self.pairs += pairs
+        self._tar.write({"__key__": group.key, **group.members})
+        self.groups.append(GroupRecord(group.key, offset, group.regions, group.texts))
         return offset
 
-    def finish(self) -> Shard:
+    def finish(self) -> ShardRecord:
         self._tar.close()
         self._stream.close()
         os.replace(self._temporary, self._path)
-        return Shard(self._path.name, self._stream.written, self._stream.digest.hexdigest(), self.groups, self.pairs)
+        sync_folder(self._path.parent)
+        pairs = sum(len(group.texts) for group in self.groups)
+        digest = self._stream.digest.hexdigest()
+        return ShardRecord(Shard(self._path.name, self._stream.written, digest, len(self.groups), pairs), self.groups)
 
     def discard(self) -> None:
         self._tar.close()
@@ -293,7 +352,7 @@ def encode_group(group: Group, info: SetInfo) -> EncodedGroup:
     except ValueError as error:
         raise DataError(f"group {group.key!r}: the images' arrays do not fit together: {error}") from None
     with np.errstate(over="ignore"):  # an overflow becomes infinite, which the contract's check names
-        features = features.astype(np.float16)
+        features = features.astype(np.float16, copy=False)
     labels = _labels(group, info.label_format)
     spans = _spans(group.images)
     problem = next(_problems(group, info, features, boxes, labels, spans), None)
@@ -345,7 +404,7 @@ def _labels(group: Group, label_format: str) -> NDArray[Any] | None:
     if not given:
         return None
     try:
-        return np.concatenate(given).astype(np.float16 if label_format == "dense" else np.float32)
+        return np.concatenate(given).astype(np.float16 if label_format == "dense" else np.float32, copy=False)
     except ValueError as error:
         raise DataError(f"group {group.key!r}: the images' labels do not fit together: {error}") from None
 
