@@ -63,6 +63,11 @@ def samples(out: Path) -> dict[str, Sample]:
     return {sample.id: sample for sample in map(reader.sample, range(manifest.num_pairs))}
 
 
+def files(out: Path) -> dict[str, bytes]:
+    """Everything in a folder, by name."""
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
 def log(out: Path) -> list[tuple[str, str]]:
     """(name, reason) of each line of the log of rejections."""
     lines = (out / LOG_NAME).read_text().splitlines()

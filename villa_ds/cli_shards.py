@@ -2,6 +2,9 @@
 
 import argparse
 import functools
+import shlex
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,6 +110,8 @@ def _add_conversion(action: argparse.ArgumentParser) -> None:
         help="with --exclude: whose ids the image names are that are mere numbers",
     )
     _add_same_images(action)
+    action.add_argument("--shard-mib", type=positive, default=1024, metavar="N", help="size at which a shard ends")
+    action.add_argument("--processes", type=positive, default=None, help="that read and encode; default: one a CPU")
     action.add_argument("out", type=Path)
 
 
@@ -221,20 +226,39 @@ def _convert(parsed: argparse.Namespace, convert: "Callable[[Settings], Account]
     settings = load_settings(
         parsed.vocabulary,
         parsed.answers,
-        command=parsed.command_line,
+        command=_recorded(parsed.command_line),
         extractor=parsed.extractor,
         source=parsed.source,
         extra_pieces=parsed.extra_pieces,
         detector_classes=detector_classes,
         allow_rejected=parsed.allow_rejected,
         exclusions=read_exclusions(parsed.exclude, parsed.same_images, parsed.image_ids_of),
+        shard_bytes=parsed.shard_mib << 20,
+        processes=parsed.processes,
     )
     try:
         print(convert(settings))
     except IncompleteError as error:
         print(error.account)
         raise
+    except KeyboardInterrupt:
+        print("villa-ds: interrupted; the same command goes on where it was", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
+
+
+def _recorded(command: str) -> str:
+    """A command without `--processes`, on which nothing that is written depends; argparse knows it shortened too."""
+    kept: list[str] = []
+    words = iter(shlex.split(command))
+    for word in words:
+        option, given, _ = word.partition("=")
+        if len(option) > len("--") and "--processes".startswith(option):
+            if not given:
+                next(words, None)
+        else:
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def _overlap(parsed: argparse.Namespace) -> int:

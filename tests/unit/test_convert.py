@@ -17,6 +17,7 @@ from tests.features import (
     SETTINGS,
     Fields,
     fields,
+    files,
     log,
     packed,
     row,
@@ -28,7 +29,8 @@ from tests.shards import make_shards
 from villa_ds.cli import main
 from villa_ds.data.convert import join
 from villa_ds.data.convert.account import LOG_NAME, IncompleteError, RejectionError
-from villa_ds.data.convert.join import group_key
+from villa_ds.data.convert.assemble import group_key
+from villa_ds.data.convert.journal import JOURNAL_NAME
 from villa_ds.data.convert.npz import from_npz
 from villa_ds.data.convert.region_files import Selection, image_of, read_npz
 from villa_ds.data.convert.settings import Settings
@@ -190,24 +192,27 @@ def test_nothing_to_write(tmp_path: Path) -> None:
         from_npz(tmp_path / "out", images, only_bad, LENIENT)
 
 
-def test_a_killed_conversion_leaves_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = write_region_files(tmp_path / "images", {name: fields(1) for name in "abc"})
     texts = write_texts(tmp_path / "texts", [row(name, name) for name in "abc"])
     settings = Settings(PIECES, command="test", shard_bytes=1)  # a shard a group
 
     class Killed(ShardWriter):
-        def add(self, group: Any) -> None:
+        def append(self, group: Any) -> None:
             if group.key == "c":
                 raise KeyboardInterrupt
-            super().add(group)
+            super().append(group)
 
     with monkeypatch.context() as patch:
         patch.setattr(join, "ShardWriter", Killed)
         with pytest.raises(KeyboardInterrupt):
             from_npz(tmp_path / "out", images, texts, settings)
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
-    assert not list((tmp_path / "out").glob("*.partial"))
-    with pytest.raises(DataError, match="not an empty folder"):
+    assert sorted(item.name for item in (tmp_path / "out").iterdir()) == [JOURNAL_NAME, "shard-000000.tar"]
+    account = from_npz(tmp_path / "out", images, texts, settings)
+    assert str(account) == str(from_npz(tmp_path / "again", images, texts, settings))
+    assert files(tmp_path / "out") == files(tmp_path / "again")
+    with pytest.raises(DataError, match="already holds a shard set"):
         from_npz(tmp_path / "out", images, texts, settings)
 
 
@@ -239,9 +244,9 @@ def test_round_trip(tmp_path: Path, label_format: str) -> None:
     command = ["shards", "to-npz", str(made.folder), str(tmp_path / "files")]
     assert main(command) == 0
     assert len(list((tmp_path / "files" / "images").iterdir())) == 12
-    files = tmp_path / "files"
-    back = ["shards", "from-npz", "--features", str(files / "images"), "--texts", str(files / "texts.jsonl")]
-    more = ["--vocabulary", str(files / "vocab.txt"), "--answers", str(files / "answers.json")]
+    written = tmp_path / "files"
+    back = ["shards", "from-npz", "--features", str(written / "images"), "--texts", str(written / "texts.jsonl")]
+    more = ["--vocabulary", str(written / "vocab.txt"), "--answers", str(written / "answers.json")]
     assert main([*back, *more, str(tmp_path / "back")]) == 0
     before, after = samples(made.folder), samples(tmp_path / "back")
     assert list(before) == list(after)

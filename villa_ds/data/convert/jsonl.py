@@ -6,6 +6,7 @@
 into the vocabulary without [CLS] and [SEP], the text is not encoded anew.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from villa_ds.data.convert.account import RejectionError, Tally
-from villa_ds.data.convert.join import TWICE, Listed, Names, Place
+from villa_ds.data.convert.exclusions import Exclusions
 from villa_ds.data.convert.region_files import UNREADABLE, bare
 from villa_ds.data.convert.settings import Settings
+from villa_ds.data.convert.sources import TWICE, Listed, Names, Place
 from villa_ds.data.wordpiece import WordPieces
 from villa_ds.data.writer import Text
 from villa_ds.errors import DataError
@@ -36,11 +38,16 @@ class JsonlTexts:
     """Source of texts: a file of JSON lines, whose places are byte offsets."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
+        self._path = path
+        self._settings = dataclasses.replace(settings, exclusions=Exclusions())  # of no use in a worker process
         self._word_pieces = WordPieces(settings.pieces)
         try:
             self._stream = path.open("rb")
         except OSError as error:
             raise DataError(f"{path}: cannot read the texts: {error.strerror}") from None
+
+    def __reduce__(self) -> tuple[type["JsonlTexts"], tuple[Path, Settings]]:
+        return JsonlTexts, (self._path, self._settings)  # opened anew: a shared file would share its position
 
     def close(self) -> None:
         """Close the file."""

@@ -9,6 +9,7 @@ from villa_ds.data.convert.join import convert
 from villa_ds.data.convert.jsonl import JsonlTexts
 from villa_ds.data.convert.region_files import SUFFIX, Selection, bare, image_of, read_npz
 from villa_ds.data.convert.settings import Settings
+from villa_ds.data.convert.sources import Place
 from villa_ds.data.writer import Image
 from villa_ds.errors import DataError
 
@@ -19,7 +20,8 @@ def from_npz(
     """Convert the `.npz` files under `features` with the texts; `keep` and errors as `image_of` and `join.convert`."""
     images = NpzImages(features, keep)
     with closing(JsonlTexts(texts, settings)) as rows:
-        return convert(out, [images], rows, settings, f"region files {features.name}, {texts.name}")
+        named = f"region files {features.name}, {texts.name}"
+        return convert(out, [images], rows, settings, named, [features, texts])
 
 
 class NpzImages:
@@ -30,12 +32,18 @@ class NpzImages:
             raise DataError(f"{folder}: no such folder; give that of the region files")
         self._folder, self._keep = folder, keep
 
-    def scan(self, images: Tally) -> Iterator[str]:
-        """Names in sorted order."""
+    @property
+    def label(self) -> str:
+        """The folder's name."""
+        return self._folder.name
+
+    def scan(self, images: Tally) -> Iterator[tuple[str, Place]]:
+        """Names in sorted order, which are the places too."""
         for path in sorted(self._folder.rglob(f"*{SUFFIX}")):
             images.read += 1
-            yield bare(path.relative_to(self._folder).as_posix())
+            name = bare(path.relative_to(self._folder).as_posix())
+            yield name, name
 
-    def read(self, name: str) -> Image:
+    def read(self, name: str, place: Place) -> Image:
         """One image's regions."""
-        return image_of(name, read_npz(name, self._folder / f"{name}{SUFFIX}"), self._keep)
+        return image_of(name, read_npz(name, self._folder / f"{place}{SUFFIX}"), self._keep)

@@ -25,6 +25,7 @@ class Settings:
     allow_rejected: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
     exclusions: Exclusions = field(default_factory=Exclusions)
+    processes: int | None = None  # that read, check and encode; None: one a CPU if there is enough to do
 
 
 def load_settings(
@@ -38,6 +39,8 @@ def load_settings(
     detector_classes: int = 0,
     allow_rejected: bool = False,
     exclusions: Exclusions | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    processes: int | None = None,
 ) -> Settings:
     """Settings with a vocabulary and an answer list read from their files; DataError names what is wrong with them."""
     return Settings(
@@ -50,6 +53,8 @@ def load_settings(
         detector_classes=detector_classes,
         allow_rejected=allow_rejected,
         exclusions=exclusions or Exclusions(),
+        shard_bytes=shard_bytes,
+        processes=processes,
     )
 
 

@@ -10,8 +10,8 @@ background. That class becomes the label, as a distribution of one class; confid
 """
 
 import base64
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +23,7 @@ from villa_ds.data.convert.join import convert
 from villa_ds.data.convert.jsonl import JsonlTexts
 from villa_ds.data.convert.region_files import UNREADABLE, WRONG_COUNTS
 from villa_ds.data.convert.settings import Settings
+from villa_ds.data.convert.sources import Place
 from villa_ds.data.writer import Image
 from villa_ds.errors import DataError
 
@@ -39,26 +40,39 @@ def from_tsv(out: str | Path, features: Sequence[Path], texts: Path, settings: S
 
     Labels of the LXMERT layout are of `settings.detector_classes` classes, background included.
     """
-    with contextlib.ExitStack() as stack:
-        streams = []
-        for path in features:
-            try:
-                streams.append(stack.enter_context(path.open("rb")))
-            except OSError as error:
-                raise DataError(f"{path}: cannot read the features: {error.strerror}") from None
-        rows = stack.enter_context(contextlib.closing(JsonlTexts(texts, settings)))
-        names = ", ".join(path.name for path in (*features, texts))
-        return convert(out, [TsvImages(streams)], rows, settings, f"tab-separated features {names}")
+    inputs = [*features, texts]
+    named = f"tab-separated features {', '.join(path.name for path in inputs)}"
+    with closing(TsvImages(features)) as images, closing(JsonlTexts(texts, settings)) as rows:
+        return convert(out, [images], rows, settings, named, inputs)
 
 
 class TsvImages:
-    """Source of images: rows of tab-separated files, of which only the places are held."""
+    """Source of images: rows of tab-separated files, whose places are the number of the file and a byte offset."""
 
-    def __init__(self, streams: Sequence[BinaryIO]) -> None:
-        self._streams = streams
-        self._places: dict[str, tuple[int, int]] = {}  # name -> number of the file, byte offset
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._streams: list[BinaryIO] = []
+        for path in paths:
+            try:
+                self._streams.append(path.open("rb"))
+            except OSError as error:
+                self.close()
+                raise DataError(f"{path}: cannot read the features: {error.strerror}") from None
 
-    def scan(self, images: Tally) -> Iterator[str]:
+    def __reduce__(self) -> tuple[type["TsvImages"], tuple[Sequence[Path]]]:
+        return TsvImages, (self._paths,)  # opened anew: a shared file would share its position
+
+    def close(self) -> None:
+        """Close the files."""
+        for stream in self._streams:
+            stream.close()
+
+    @property
+    def label(self) -> str:
+        """The names of the files."""
+        return ", ".join(path.name for path in self._paths)
+
+    def scan(self, images: Tally) -> Iterator[tuple[str, Place]]:
         """Names in the order of the files; rejects rows without one."""
         for number, stream in enumerate(self._streams):
             place = 0
@@ -71,14 +85,12 @@ class TsvImages:
                 if not name or not tab:
                     images.reject(RejectionError(f"row {row}", UNREADABLE, f"of file {number + 1} has no columns"))
                     continue
-                decoded = name.decode(errors="replace")
-                self._places.setdefault(decoded, (number, start))
-                yield decoded
+                yield name.decode(errors="replace"), (number, start)
 
-    def read(self, name: str) -> Image:
+    def read(self, name: str, place: Place) -> Image:
         """One row's regions, its boxes divided by the image's width and height."""
-        number, place = self._places[name]
-        self._streams[number].seek(place)
+        number, offset = place
+        self._streams[number].seek(offset)
         columns = self._streams[number].readline().rstrip(b"\r\n").split(b"\t")
         if len(columns) not in _LAYOUTS:
             known = " or ".join(str(count) for count in _LAYOUTS)

@@ -17,11 +17,13 @@ from typing import Any
 
 from villa_ds.data.contract import text_problems
 from villa_ds.data.convert.account import Account, RejectionError, Tally
-from villa_ds.data.convert.join import CONTRACT, Listed, Names, Place, convert
+from villa_ds.data.convert.assemble import CONTRACT
+from villa_ds.data.convert.join import convert
 from villa_ds.data.convert.json_files import read_json
 from villa_ds.data.convert.region_files import DAMAGE, UNREADABLE, bare
 from villa_ds.data.convert.settings import Settings
-from villa_ds.data.convert.uniter_images import LmdbImages, open_lmdb
+from villa_ds.data.convert.sources import Listed, Names, Place
+from villa_ds.data.convert.uniter_images import LIST_KEY, LmdbImages, ReadOnlyLmdb
 from villa_ds.data.writer import Text
 from villa_ds.errors import DataError
 
@@ -51,37 +53,43 @@ def from_uniter_lmdb(out: str | Path, images: str, texts: str | Path, settings: 
         detected = len(sources) == 1 and sources[0].holds(_DETECTED)
         rows = stack.enter_context(contextlib.closing(UniterTexts(Path(texts), settings, detected)))
         names = ", ".join([*(source.label for source in sources), Path(texts).name])
-        return convert(out, sources, rows, settings, f"UNITER data bases {names}")
+        inputs = [*(path for source in sources for path in source.inputs), *rows.inputs]
+        return convert(out, sources, rows, settings, f"UNITER data bases {names}", inputs)
 
 
 class UniterTexts:
-    """Source of texts: a text data base, whose places are its ids."""
+    """Source of texts: a text data base. A place is an id and what the files beside the data base say of it."""
 
     def __init__(self, folder: Path, settings: Settings, detected: bool) -> None:
         """`detected`: the images of referring expressions are those with detected regions."""
         self._folder, self._detected = folder, detected
         self._pieces, self._answers = settings.pieces, settings.answers
         check_vocabulary(folder, settings.pieces[: len(settings.pieces) - settings.extra_pieces])
-        self._environment = open_lmdb(folder)
-        self._reader = self._environment.begin()
-        lengths = [read_json(folder / name) for name in _LENGTHS if (folder / name).exists()]
-        if not lengths or not all(isinstance(item, dict) for item in lengths):
-            raise DataError(f"{folder}: no id2len.json, which lists the texts, or it is no JSON object")
-        self._lengths: dict[str, int] = lengths[0] if (folder / _LENGTHS[0]).exists() else {}
-        self._members, self._strays = _compare([list(item) for item in lengths] + _referred(folder))
+        self._lmdb = ReadOnlyLmdb(folder)
+        self.inputs = [self._lmdb.file, *sorted(folder.glob("*.json"))]
+        lengths = [_optional(folder / name, {}) for name in _LENGTHS if (folder / name).exists()]
+        lists = [list(item) for item in lengths] + _referred(folder)
+        if not lists:
+            raise DataError(f"{folder}: no id2len.json, which lists the texts; copy the whole data base")
+        self._lengths: dict[str, int] = _optional(folder / _LENGTHS[0], {})
+        self._members, self._strays = _compare(lists)
         self._images: dict[str, Any] = _optional(folder / "txt2img.json", {})
         self._check_image_lists()
         self._pictures = _pictures(folder)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Lists of all texts are for `scan`; a place tells what reading one needs of them.
+        return {**self.__dict__, "_lengths": {}, "_members": {}, "_strays": [], "_images": {}}
+
     def close(self) -> None:
         """Close the data base."""
-        self._environment.close()
+        self._lmdb.close()
 
     def _check_image_lists(self) -> None:
         """DataError if img2txts.json, of retrieval, contradicts txt2img.json."""
         for image, identifiers in _optional(self._folder / "img2txts.json", {}).items():
             for identifier in identifiers:
-                if self._images.get(identifier) != image:
+                if self._images.get(identifier) not in (image, [image]):
                     raise DataError(
                         f"{self._folder}: img2txts.json gives the text {identifier!r} to {image!r}, txt2img.json to "
                         f"{self._images.get(identifier)!r}; the files are of different data bases"
@@ -93,16 +101,18 @@ class UniterTexts:
             texts.read += 1
             texts.reject(RejectionError(identifier, NOT_A_MEMBER, "not in all of the lists of ids"))
         known = self._members.keys() | self._strays
-        for key in self._reader.cursor().iternext(keys=True, values=False):
+        for key in self._lmdb:
             identifier = key.decode(errors="replace")
-            if identifier not in known:
+            if identifier not in known and key != LIST_KEY:
                 texts.read += 1
                 texts.reject(RejectionError(identifier, NOT_A_MEMBER, "has a record, but is in no list of ids"))
         for identifier in self._members:
             texts.read += 1
             try:
-                stored = self._images[identifier] if identifier in self._images else self._record(identifier)
-                yield Listed(identifier, identifier, self._names(identifier, stored))
+                said = self._images.get(identifier)
+                names = self._names(identifier, self._record(identifier) if said is None else said)
+                place = identifier, self._lengths.get(identifier), None if said is None else names
+                yield Listed(place, identifier, names)
             except RejectionError as error:
                 texts.reject(error)
 
@@ -117,11 +127,11 @@ class UniterTexts:
         return tuple(bare(file) for file in files)
 
     def _record(self, identifier: str) -> dict[str, Any]:
-        value = self._reader.get(identifier.encode())
+        value = self._lmdb.get(identifier.encode(errors="surrogatepass"))
         if value is None:
             raise RejectionError(identifier, "without a record", "listed, but has no record")
         try:
-            record = msgpack.unpackb(lz4.frame.decompress(value), raw=False)
+            record = msgpack.unpackb(lz4.frame.decompress(value), raw=False, strict_map_key=False)
         except (*DAMAGE, msgpack.UnpackException) as error:
             raise RejectionError(identifier, UNREADABLE, f"cannot be unpacked: {error}") from None
         if not isinstance(record, dict):
@@ -130,15 +140,14 @@ class UniterTexts:
 
     def read(self, place: Place) -> Text:
         """One text with its target."""
-        identifier = str(place)
+        identifier, length, said = place
         record = self._record(identifier)
         pieces = _pieces(identifier, record.get("input_ids"))
-        if identifier in self._images:
-            said, own = self._names(identifier, self._images[identifier]), self._names(identifier, record)
+        if said is not None and "img_fname" in record:
+            own = self._names(identifier, record)
             if said != own:
                 raise RejectionError(identifier, DISAGREES, f"is of {own}, but txt2img.json says {said}")
-        length = self._lengths.get(identifier, len(pieces))
-        if length != len(pieces):
+        if length not in (None, len(pieces)):
             raise RejectionError(identifier, DISAGREES, f"has {len(pieces)} word pieces, id2len.json says {length}")
         return Text(identifier, self._sentence(record, pieces), pieces, self._target(identifier, record))
 
@@ -159,7 +168,7 @@ class UniterTexts:
         if "ann_id" in record:
             return self._reference(identifier, record)
         match record.get("target"):
-            case None:
+            case None | {} as empty if not empty:
                 return {}
             case int(label):
                 return {"label": int(label)}
