@@ -195,10 +195,12 @@ def _from_tsv(parsed: argparse.Namespace) -> int:
 
 
 def _from_images(parsed: argparse.Namespace) -> int:
-    from villa_ds.data.convert.extractors import load_extractor  # noqa: PLC0415
+    from villa_ds.data.convert.extractors import PIXELS, STORED_SUFFIX, load_extractor  # noqa: PLC0415
     from villa_ds.data.convert.images import from_images  # noqa: PLC0415
 
     extractor = load_extractor(parsed.extractor, parsed.settings)
+    if parsed.processes is None and not parsed.extractor.endswith((PIXELS, STORED_SUFFIX)):
+        parsed.processes = 1  # a detector has threads of its own, or a GPU
     return _convert(parsed, functools.partial(from_images, parsed.out, parsed.images, parsed.texts, extractor))
 
 

@@ -6,14 +6,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from villa_ds.data.convert.account import Account, RejectionError, Tally
 from villa_ds.data.convert.extractor import UNREADABLE, ExtractedRegions, RegionExtractor, read_picture
 from villa_ds.data.convert.extractors import pixel_extractor
 from villa_ds.data.convert.identity import stem
-from villa_ds.data.convert.join import Listed, Place, TextSource, convert
+from villa_ds.data.convert.join import convert
 from villa_ds.data.convert.jsonl import JsonlTexts
 from villa_ds.data.convert.settings import Settings
+from villa_ds.data.convert.sources import Listed, Place, TextSource
 from villa_ds.data.processes import in_order
 from villa_ds.data.progress import with_progress
 from villa_ds.data.writer import Image, Text
@@ -30,7 +32,8 @@ def from_images(out: str | Path, images: Path, texts: Path, extractor: RegionExt
     folder = ImageFolder(images, extractor)
     settings = dataclasses.replace(settings, extractor=extractor.fingerprint)
     with closing(JsonlTexts(texts, settings)) as rows:
-        return convert(out, [folder], _OfFiles(rows, folder), settings, f"pictures {images.name}, {texts.name}")
+        named = f"pictures {images.name}, {texts.name}"
+        return convert(out, [folder], _OfFiles(rows, folder), settings, named, [images, texts])
 
 
 class ImageFolder:
@@ -43,8 +46,16 @@ class ImageFolder:
         self._names: set[str] = set()
         self._by_stem: dict[str, str] = {}
 
-    def scan(self, images: Tally) -> Iterator[str]:
-        """Names in sorted order; rejects those that are not valid Unicode, which shards could not hold."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_names": set(), "_by_stem": {}}  # worker processes read by name
+
+    @property
+    def label(self) -> str:
+        """The folder's name."""
+        return self._folder.name
+
+    def scan(self, images: Tally) -> Iterator[tuple[str, Place]]:
+        """Names, which are the places too, in sorted order; rejects those that shards could not hold."""
         for path in picture_files(self._folder):
             images.read += 1
             name = path.relative_to(self._folder).as_posix()
@@ -55,15 +66,15 @@ class ImageFolder:
                 continue
             self._names.add(name)
             self._by_stem[stem(name)] = _AMBIGUOUS if stem(name) in self._by_stem else name
-            yield name
+            yield name, name
 
     def file_of(self, name: str) -> str:
         """The scanned name that a text means: the same, or the only one that differs in its suffix alone."""
         return name if name in self._names else self._by_stem.get(stem(name)) or name
 
-    def read(self, name: str) -> Image:
+    def read(self, name: str, place: Place) -> Image:
         """One picture's regions."""
-        return extract(self._extractor, name, self._folder / name)
+        return extract(self._extractor, name, self._folder / place)
 
 
 def extract(extractor: RegionExtractor, name: str, path: Path) -> Image:
