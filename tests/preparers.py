@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from villa_ds.batch import Example, Reads, Sample
+from villa_ds.data.sizes import PAIR_ROW, RowRule
 from villa_ds.rng import Stream
 
 
@@ -15,7 +16,8 @@ class Plain:
 
     name: str
     negative_probability: float = 0.0
-    rows: int = 1
+    candidates: int = 0
+    row_rule: RowRule = PAIR_ROW
     reads: Reads = Reads.POOLED
 
     def prepare(self, sample: Sample, stream: Stream) -> Example:

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from villa_ds.batch import Batch, ImageSpan, Regions, Sample
+from villa_ds.batch import Batch, ImageSpan, Mismatched, Regions, Sample
 from villa_ds.config import ModelConfig
-from villa_ds.config_objectives import ItmConfig, ObjectivesConfig
+from villa_ds.config_objectives import ItmConfig, ObjectivesConfig, RetrievalConfig
 from villa_ds.data.collate import collate
 from villa_ds.data.manifest import Manifest, Vocabulary
 from villa_ds.data.store import LocalStore
-from villa_ds.objectives import itm, mlm, mrm, vqa  # noqa: F401  (registers the objectives)
+from villa_ds.objectives import itm, mlm, mrm, retrieval, vqa  # noqa: F401  (registers the objectives)
 from villa_ds.objectives.base import Objective, build_objective
 from villa_ds.rng import Stream
 from villa_ds.train.module import TrainModule, build_module
@@ -27,7 +27,8 @@ MANIFEST = Manifest(
 
 
 def tiny_objectives(*names: str, ot_weight: float = 0.1) -> list[Objective]:
-    settings = ObjectivesConfig(itm=ItmConfig(ot_weight=ot_weight))
+    few = RetrievalConfig(candidates=5, hard_negatives=2)
+    settings = ObjectivesConfig(itm=ItmConfig(ot_weight=ot_weight), retrieval=few)
     return [build_objective(name, settings, MANIFEST) for name in names]
 
 
@@ -43,7 +44,7 @@ def tiny_module(
     return build_module(config, tiny_objectives(*names, ot_weight=ot_weight), MANIFEST).to(dtype)
 
 
-def tiny_sample(number: int, *, negative: bool = False) -> Sample:
+def tiny_sample(number: int, *, negative: bool = False, candidates: int = 0) -> Sample:
     stream = Stream("tiny", number)
     pieces = 5 + stream.integers(3 + number % 4, 45)
     return Sample(
@@ -52,6 +53,9 @@ def tiny_sample(number: int, *, negative: bool = False) -> Sample:
         regions=_regions(stream, 2 + number % 3),
         target={"labels": [number % 5], "scores": [1.0]},
         negative=_regions(stream, 3) if negative else None,
+        candidates=[
+            Mismatched(_regions(stream, 2 + place % 3), [[10 + place, 20], [30]]) for place in range(candidates)
+        ],
     )
 
 
@@ -69,7 +73,11 @@ def tiny_batch(objective: Objective, rows: int = 4, start: int = 0, dtype: torch
     """`dtype` is that of boxes and features, which perturbations take over."""
     examples = [
         objective.prepare(
-            tiny_sample(number, negative=bool(objective.negative_probability) and number % 2 == 1),
+            tiny_sample(
+                number,
+                negative=bool(objective.negative_probability) and number % 2 == 1,
+                candidates=objective.candidates,
+            ),
             Stream("prepare", number),
         )
         for number in range(start, start + rows)

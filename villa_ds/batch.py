@@ -41,6 +41,14 @@ class Regions:
 
 
 @dataclass(frozen=True, slots=True)
+class Mismatched:
+    """Another group that a pair is ranked against: its regions and the word pieces of its texts."""
+
+    regions: Regions
+    texts: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One (image, text) pair as read from a shard."""
 
@@ -50,6 +58,7 @@ class Sample:
     target: Mapping[str, object]  # the text's own targets as stored, e.g. {"labels": [3], "scores": [1.0]}
     negative: Regions | None = None  # the mismatched image that the plan chose, if any
     negative_texts: Sequence[Sequence[int]] = ()  # word pieces of that image's texts
+    candidates: Sequence[Mismatched] = ()  # as many other groups as the objective ranks the pair against
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +130,30 @@ class Batch:
     def region_valid(self) -> Tensor:
         """[B, R] bool, True at real regions."""
         return torch.arange(self.features.shape[1], device=self.features.device) < self.region_counts[:, None]
+
+    def rows(self, chosen: Tensor) -> "Batch":
+        """Only these rows, int64 [n], cut to the longest of them; ids and targets stay. Not with `Reads.SLOTS`.
+
+        Asks the device for lengths, which synchronises with it.
+        """
+        if self.read_slots is not None:
+            raise ValueError("a batch with read_slots cannot be cut: they number slots of the whole")
+        texts, regions = self.text_lengths[chosen], self.region_counts[chosen]
+        longest = [texts.max(), regions.max(), (texts + regions).max(), (texts + regions).sum()]
+        length, count, joint, tokens = torch.stack(longest).tolist()
+        return dataclasses.replace(
+            self,
+            input_ids=self.input_ids[chosen, :length],
+            token_types=self.token_types[chosen, :length],
+            text_lengths=texts,
+            features=self.features[chosen, :count],
+            boxes=self.boxes[chosen, :count],
+            region_types=self.region_types[chosen, :count],
+            region_counts=regions,
+            joint_length=joint,
+            tokens=tokens,
+            region_mask=None if self.region_mask is None else self.region_mask[chosen, :count],
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""

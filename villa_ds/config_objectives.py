@@ -100,10 +100,15 @@ class RetrievalConfig:
 
     margin: float = 0.2  # wanted difference of probabilities
     max_text_length: int = 60  # word pieces of a mismatched text; longer ones are not drawn
+    candidates: int = 399  # retrieval-hard: other images, and a text of each, that a pair is scored against
+    hard_negatives: int = 31  # retrieval-hard: of these the best scored, which are trained on
 
     def __post_init__(self) -> None:
         require(0 <= self.margin <= 1, "margin", self.margin, "give a difference of probabilities, 0 to 1")
         require(self.max_text_length >= 1, "max_text_length", self.max_text_length, "give 1 or more")
+        require(self.candidates >= 1, "candidates", self.candidates, "give 1 or more")
+        kept = self.hard_negatives
+        require(1 <= kept <= self.candidates, "hard_negatives", kept, f"give 1 to candidates, {self.candidates}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from tests.parity.test_encoder import assert_layout
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases("head", "itm_hard_negative"))
+@pytest.mark.parametrize("case", cases("head"))
 def test_head(case: Case, dtype: torch.dtype) -> None:
     module, inputs = module_of(case, dtype), case.inputs(dtype)
     ((name, objective),) = module.objectives.items()

@@ -33,6 +33,7 @@ ORDER = (
     "data.store",
     "data.manifest",
     "data.wordpiece",
+    "data.sizes",
     "data.writer",
     "data.progress",
     "data.processes",

@@ -140,8 +140,8 @@ def test_an_edit_without_a_new_fingerprint_is_noticed(manifest):
         (None, "no manifest; is data.root right"),
         ("{", "cannot read the manifest"),
         ("[1]", "expected a JSON object, found list"),
-        ('{"schema": 2}', "schema 2 is not 1"),
-        ("{}", "schema None is not 1"),
+        ('{"schema": 3}', "schema 3 is not 1 or 2"),
+        ("{}", "schema None is not 1 or 2"),
     ],
 )
 def test_unreadable_manifests(tmp_path, text, message):

@@ -15,6 +15,7 @@ from villa_ds.data.lanes import BatchPlan, Position, describe_plan, draw_task, l
 from villa_ds.data.line import cut_line, cut_shards, make_line
 from villa_ds.data.packing import pack
 from villa_ds.data.plan import DataPlan, MicroBatch, PlanSettings
+from villa_ds.data.sizes import PAIR_ROW, RowRule, pair_row_text, pair_row_tokens
 from villa_ds.errors import ConfigError, DataError
 from villa_ds.rng import numbered_words
 
@@ -65,7 +66,8 @@ def flat(batch: MicroBatch) -> tuple[Any, ...]:
 @pytest.mark.parametrize("rows", [2, 3, 8])
 def test_pairs_of_several_rows_stay_within_the_budget(rows: int) -> None:
     index = make_index([9, 4], seed=3)
-    plan = make_plan(index, rows=rows, tokens=rows * TOKENS)
+    rule = RowRule(pair_row_text, lambda sizes: rows * pair_row_tokens(sizes))
+    plan = make_plan(index, rules=(PAIR_ROW, rule), tokens=rows * TOKENS)
     lengths = index["pair_length"] + 2 + index["group_regions"][index["pair_group"]]
     batches = whole_epoch(plan, 0)
     assert all(len(batch.pairs) * rows * lengths[batch.pairs].max() <= rows * TOKENS for batch in batches)
@@ -73,7 +75,7 @@ def test_pairs_of_several_rows_stay_within_the_budget(rows: int) -> None:
         batch.pairs.tolist() for batch in whole_epoch(make_plan(index), 0)
     ]
     with pytest.raises(ConfigError, match=r"data\.tokens"):
-        make_plan(index, rows=rows)
+        make_plan(index, rules=(rule,))
 
 
 shard_shapes = st.lists(st.integers(1, 9), min_size=1, max_size=13)

@@ -1,17 +1,17 @@
 """Delivery: planned micro-batches become batches, in loader processes or in this one, with the same result."""
 
+import dataclasses
 import multiprocessing
 import os
 import resource
 import signal
 import threading
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from villa_ds.batch import Batch, Example, Reads, Sample
@@ -19,6 +19,7 @@ from villa_ds.data.collate import collate
 from villa_ds.data.line import IntArray
 from villa_ds.data.quarantine import Damage, DamagedError
 from villa_ds.data.reader import ShardReader
+from villa_ds.data.sizes import RowRule, longest_texts, sizes_of
 from villa_ds.errors import VillaError
 from villa_ds.rng import Stream
 
@@ -31,8 +32,13 @@ class Preparer(Protocol):
 
     name: str
     reads: Reads
-    rows: int
     negative_probability: float
+    candidates: int
+
+    @property
+    def row_rule(self) -> RowRule:
+        """What room a sample takes, from the index alone."""
+        ...
 
     def prepare(self, sample: Sample, stream: Stream) -> Example:
         """Special tokens, masks and targets of one sample; all randomness from `stream`."""
@@ -57,6 +63,7 @@ class Request:
     epoch: int
     pairs: IntArray  # [rows]
     negatives: IntArray  # [rows] group number, -1 for none
+    candidates: IntArray  # [rows, candidates] group numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +104,10 @@ class BatchMaker(Dataset[Delivered | VillaError]):
         source = self._sources[request.source]
         damage: list[Damage] = []
         planned = [
-            (pair, _read(source.reader, pair, negative, damage))
-            for pair, negative in zip(request.pairs.tolist(), request.negatives.tolist(), strict=True)
+            (pair, _read(source.reader, pair, negative, candidates, damage))
+            for pair, negative, candidates in zip(
+                request.pairs.tolist(), request.negatives.tolist(), request.candidates.tolist(), strict=True
+            )
         ]
         samples = [(pair, sample) for pair, sample in planned if sample is not None]
         samples = samples or self._stand_ins(source, request, damage)
@@ -111,21 +120,24 @@ class BatchMaker(Dataset[Delivered | VillaError]):
 
         They take no more room than what they replace, but for the first. DamagedError if next to nothing is sound.
         """
-        index, longest = source.reader.manifest.index, 0
+        index, rule, longest = source.reader.manifest.index, source.objective.row_rule, 0
         found: list[tuple[int, Sample]] = []
-        lengths = _lengths(index, request.pairs, request.negatives)
-        for pair, negative in zip(request.pairs.tolist(), request.negatives.tolist(), strict=True):
+        lengths = _planned(source, request.pairs, request.negatives, request.candidates)
+        for pair, negative, ranked in zip(
+            request.pairs.tolist(), request.negatives.tolist(), request.candidates, strict=True
+        ):
             stream = Stream(self._seed, source.name, "stand-in", request.epoch, pair)
             drawn = stream.integers(_DRAWS, len(index["pair_group"]))
             others = stream.integers(_DRAWS, len(index["group_shard"])) if negative >= 0 else np.full(_DRAWS, -1)
-            allowed = (others != index["pair_group"][drawn]) & (index["pair_length"][drawn] <= source.longest_text)
+            allowed = rule.own_text(sizes_of(index, drawn)) <= source.longest_text
+            allowed &= (others != index["pair_group"][drawn]) & ~np.isin(index["pair_group"][drawn], ranked)
             for candidate, other in zip(drawn[allowed].tolist(), others[allowed].tolist(), strict=True):
-                sample = _read(source.reader, candidate, other, damage)
+                sample = _read(source.reader, candidate, other, ranked.tolist(), damage)
                 if sample is not None:
                     break
             else:
                 raise DamagedError(damage[0], str(source.reader.manifest.store))
-            length = _lengths(index, np.array([candidate]), np.array([other])).max()
+            length = _planned(source, np.array([candidate]), np.array([other]), ranked[None]).max()
             longest = max(longest, int(length))
             if found and longest * (len(found) + 1) > lengths.max() * len(lengths):
                 break
@@ -133,20 +145,35 @@ class BatchMaker(Dataset[Delivered | VillaError]):
         return found
 
 
-def _read(reader: ShardReader, pair: int, negative: int, damage: list[Damage]) -> Sample | None:
-    """The sample, or None and what is wrong in `damage`."""
+def _read(
+    reader: ShardReader, pair: int, negative: int, candidates: Sequence[int], damage: list[Damage]
+) -> Sample | None:
+    """The sample, or None and what is wrong in `damage`. In place of damaged candidates sound ones come twice."""
+    sound = []
     try:
-        return reader.sample(pair, negative)
+        sample = reader.sample(pair, negative)
     except DamagedError as error:
         damage.append(error.damage)
         return None
+    for group in candidates:
+        try:
+            sound.append(reader.mismatched(group))
+        except DamagedError as error:
+            damage.append(error.damage)
+    if candidates and not sound:
+        return None
+    return dataclasses.replace(sample, candidates=[sound[place % len(sound)] for place in range(len(candidates))])
 
 
-def _lengths(index: Mapping[str, NDArray[Any]], pairs: IntArray, negatives: IntArray) -> IntArray:
-    """[rows] word pieces and regions of each pair, with the larger of its own and the mismatched image."""
-    regions = np.asarray(index["group_regions"][index["pair_group"][pairs]], np.int64)
-    others = np.where(negatives < 0, regions, index["group_regions"][negatives])
-    return np.asarray(index["pair_length"][pairs] + np.maximum(regions, others), np.int64)
+def _planned(source: Source, pairs: IntArray, negatives: IntArray, candidates: IntArray) -> IntArray:
+    """[rows] tokens of each pair's rows with the mismatched groups that it is read with."""
+    index = source.reader.manifest.index
+    sizes, others = sizes_of(index, pairs), np.concatenate([negatives[:, None], candidates], axis=1)
+    if (others >= 0).any():
+        regions = np.where(others < 0, 0, index["group_regions"][others]).max(1)
+        texts = np.where(others < 0, 0, longest_texts(index, None)[others]).max(1)
+        sizes = sizes.with_others(regions, texts)
+    return source.objective.row_rule.planned_tokens(sizes)
 
 
 def deliver(

@@ -120,7 +120,8 @@ class Loader:
                 max_text_length=self._data.max_text_length,
                 lanes=self._batch_plan.lanes,
                 negative_probability=max(objective.negative_probability for objective in objectives),
-                rows=max(objective.rows for objective in objectives),
+                candidates=max(objective.candidates for objective in objectives),
+                rules=tuple(objective.row_rule for objective in objectives),
             ),
         )
 
@@ -144,11 +145,8 @@ class Loader:
         while state.step < self._total_steps:
             step = self._plan_step(state)
             planned.append(step)
-            probability = self._tasks[step.task][1].negative_probability
             for lane in self._batch_plan.lanes_of(self._rank):
-                micro_batch = step.micro_batches[lane]
-                negatives = micro_batch.negatives_for(probability)
-                yield Request(step.task, micro_batch.epoch, micro_batch.pairs, negatives)
+                yield _request(step.task, self._tasks[step.task][1], step.micro_batches[lane])
             state = step.after
 
     def _deliver(self) -> Generator[StepBatches, None, None]:
@@ -200,7 +198,8 @@ class EvaluationLoader:
                 window=data.window,
                 max_text_length=None,
                 negative_probability=objective.negative_probability,
-                rows=objective.rows,
+                candidates=objective.candidates,
+                rules=(objective.row_rule,),
             ),
         )
         longest = int(manifest.index["pair_length"].max())
@@ -223,9 +222,18 @@ class EvaluationLoader:
             yield made.batch, number < self._count
 
     def _request(self, number: int) -> Request:
-        micro_batch = self._plan.micro_batch(0, min(number, self._count - 1))
-        negatives = micro_batch.negatives_for(self._objective.negative_probability)
-        return Request(0, 0, micro_batch.pairs, negatives)
+        return _request(0, self._objective, self._plan.micro_batch(0, min(number, self._count - 1)))
+
+
+def _request(source: int, objective: Preparer, micro_batch: MicroBatch) -> Request:
+    """What an objective reads of a micro-batch, which may be planned for others too."""
+    return Request(
+        source,
+        micro_batch.epoch,
+        micro_batch.pairs,
+        micro_batch.negatives_for(objective.negative_probability),
+        micro_batch.candidates[:, : objective.candidates],
+    )
 
 
 def _plan(manifest: Manifest, settings: PlanSettings) -> DataPlan:

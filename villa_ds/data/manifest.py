@@ -12,6 +12,10 @@ Index arrays (name -> dtype, shape):
     pair_slot       int32 [N]   position of the pair's text in its group's list
     pair_length     int32 [N]   word pieces, special tokens not counted
     pair_id         S<n>  [N]   utf-8 id of the text
+and, in schema 2, any of
+    group_largest   int32 [G]   regions of the group's largest image; there if a group has several images
+    pair_answer     int32 [N]   word pieces of the longest of the target's `answers`; there if a target has answers
+    pair_rationale  int32 [N]   the same of its `rationales`
 """
 
 import dataclasses
@@ -34,11 +38,11 @@ from villa_ds.data import npy
 from villa_ds.data.store import LocalStore, Store, open_store
 from villa_ds.errors import DamageError, DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSIONS = (1, 2)  # 2 has index arrays that 1 lacks; a set that needs none of them is written as 1
 MANIFEST_NAME = "manifest.json"
 VOCABULARY_NAME = "vocab.txt"
 LABEL_FORMATS = ("none", "dense", "topk")
-INDEX_DTYPES: Mapping[str, str] = {
+INDEX_DTYPES: dict[str, str] = {
     "group_shard": "int32",
     "group_offset": "int64",
     "group_regions": "int32",
@@ -47,6 +51,7 @@ INDEX_DTYPES: Mapping[str, str] = {
     "pair_length": "int32",
     "pair_id": "S",
 }
+FURTHER_DTYPES: dict[str, str] = {"group_largest": "int32", "pair_answer": "int32", "pair_rationale": "int32"}
 SPECIAL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -136,7 +141,8 @@ class Manifest:
     @cached_property
     def index(self) -> Mapping[str, NDArray[Any]]:
         """The index arrays by name, memory-mapped read-only. DataError if they do not fit the shard list."""
-        arrays = {name: self._load_index(name) for name in INDEX_DTYPES}
+        names = (*INDEX_DTYPES, *(name for name in FURTHER_DTYPES if name in self.index_files))
+        arrays = {name: self._load_index(name) for name in names}
         for name, array in arrays.items():
             expected = self.num_groups if name.startswith("group") else self.num_pairs
             if len(array) != expected:
@@ -155,9 +161,10 @@ class Manifest:
             raise DamageError(f"{path}: {error}; put the right file there") from None
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot read the index array: {error}; run `villa-ds shards verify`") from None
-        matches = array.dtype.kind == "S" if INDEX_DTYPES[name] == "S" else array.dtype == INDEX_DTYPES[name]
+        dtype = (INDEX_DTYPES | FURTHER_DTYPES)[name]
+        matches = array.dtype.kind == "S" if dtype == "S" else array.dtype == dtype
         if array.ndim != 1 or not matches:
-            raise DataError(f"{path}: expected a 1-d {INDEX_DTYPES[name]} array, found {array.dtype} {array.shape}")
+            raise DataError(f"{path}: expected a 1-d {dtype} array, found {array.dtype} {array.shape}")
         return array
 
     @property
@@ -197,8 +204,9 @@ def load_manifest(location: str | Path, data: DataConfig = DataConfig()) -> Mani
         raise DataError(f"{path}: cannot read the manifest: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}; {_MEND}")
-    if content.get("schema") != SCHEMA_VERSION:
-        raise DataError(f"{path}: schema {content.get('schema')!r} is not {SCHEMA_VERSION}, which this version reads")
+    if content.get("schema") not in SCHEMA_VERSIONS:
+        known = " or ".join(map(str, SCHEMA_VERSIONS))
+        raise DataError(f"{path}: schema {content.get('schema')!r} is not {known}, which this version reads")
     return _parse(store, content)
 
 
@@ -219,7 +227,7 @@ def _parse(store: Store, content: dict[str, Any]) -> Manifest:
         source=fields.text("source"),
         command=fields.text("command"),
         fingerprint=fields.sha256("fingerprint"),
-        index_files=_parse_index_files(fields.child("index_files")),
+        index_files=_parse_index_files(fields.child("index_files"), content["schema"]),
     )
     if manifest.label_format not in LABEL_FORMATS:
         fields.fail("label_format", f"one of {', '.join(LABEL_FORMATS)}")
@@ -254,9 +262,10 @@ def _parse_vocabulary(fields: "_Fields") -> Vocabulary:
     return Vocabulary(size=size, sha256=fields.sha256("sha256"), **ids)
 
 
-def _parse_index_files(fields: "_Fields") -> Mapping[str, str]:
-    fields.only(*INDEX_DTYPES)
-    return {name: fields.sha256(name) for name in INDEX_DTYPES}
+def _parse_index_files(fields: "_Fields", schema: int) -> Mapping[str, str]:
+    further = FURTHER_DTYPES if schema > 1 else {}
+    fields.only(*INDEX_DTYPES, *further)
+    return {name: fields.sha256(name) for name in (*INDEX_DTYPES, *(name for name in further if name in fields))}
 
 
 class _Fields:
@@ -264,6 +273,9 @@ class _Fields:
 
     def __init__(self, path: str, prefix: str, content: Mapping[str, Any]) -> None:
         self._path, self._prefix, self._content = path, prefix, content
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._content
 
     def fail(self, key: str, expected: str) -> NoReturn:
         found = repr(self._content[key]) if key in self._content else "missing"
@@ -338,17 +350,19 @@ def write_manifest(
 ) -> Manifest:
     """Write `vocab.txt`, the index arrays and, last, `manifest.json`: a folder with a manifest is complete.
 
-    `index` holds the arrays of INDEX_DTYPES, `pieces` the vocabulary in the order of its ids. `source` and `extractor`
-    enter the fingerprint: no paths, no times. Each file is written under another name, synced and moved into place.
+    `index` holds the arrays of INDEX_DTYPES and any of FURTHER_DTYPES, `pieces` the vocabulary in the order of its ids.
+    `source` and `extractor` enter the fingerprint: no paths, no times. Each file is written under another name, synced
+    and moved into place.
     """
     replace_file(folder / VOCABULARY_NAME, vocabulary_bytes(pieces))
     index_files = {}
-    for name, dtype in INDEX_DTYPES.items():
+    further = {name: dtype for name, dtype in FURTHER_DTYPES.items() if name in index}
+    for name, dtype in (INDEX_DTYPES | further).items():
         data = npy.encode(np.asarray(index[name], dtype=dtype))
         replace_file(folder / f"{name}.npy", data)
         index_files[name] = hashlib.sha256(data).hexdigest()
     content: dict[str, Any] = {
-        "schema": SCHEMA_VERSION,
+        "schema": 2 if further else 1,
         "source": source,
         "command": command,
         "extractor": extractor,

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from villa_ds.data.line import IntArray, cut_line, cut_shards, make_line, ranges
 from villa_ds.data.packing import pack, require_budget
 from villa_ds.data.recent import Recent
+from villa_ds.data.sizes import PAIR_ROW, PairSizes, RowRule, longest_texts, sizes_of
 from villa_ds.errors import DataError
 from villa_ds.rng import Stream, as_uniform, numbered_words
 
-SPECIAL_TOKENS = 2  # [CLS] and [SEP]; the release's sampler leaves them out, so its batches exceed its budget
 SHARED_SHARDS = 10  # at most one shard in so many is read by two lanes, as far as there are so many shards a lane
 _SCAN = 1 << 20  # pairs looked at in one go when the whole set is scanned: bounds memory
 
@@ -38,10 +38,11 @@ class PlanSettings:
     tokens: int  # budget of a micro-batch: rows x longest row
     rows_multiple: int
     window: int  # pairs
-    max_text_length: int | None  # word pieces; pairs with longer texts are left out; None takes every pair
+    max_text_length: int | None  # word pieces; pairs with longer rows are left out; None takes every pair
     lanes: int = 1
     negative_probability: float = 0.0  # share of pairs that get a mismatched group: the largest any objective wants
-    rows: int = 1  # of a micro-batch that a pair takes: the most of any objective; its length is that of them all
+    candidates: int = 0  # mismatched groups that every pair is ranked against: the most any objective wants
+    rules: tuple[RowRule, ...] = (PAIR_ROW,)  # of the objectives: a pair's length is the largest that any plans
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class MicroBatch:
     negatives: IntArray  # [rows] group number of the mismatched image, -1 for none
     draws: NDArray[np.float64]  # [rows] uniform in [0, 1): a negative is taken where this is below the probability
     ids: tuple[str, ...]
+    candidates: IntArray  # [rows, candidates] group numbers, in random order; a row's differ
 
     def negatives_for(self, probability: float) -> IntArray:
         """[rows] the mismatched groups for an objective that wants this share of them, at most the plan's."""
@@ -103,8 +105,8 @@ class DataPlan:
     """The order of one data set.
 
     `index` holds the arrays of `villa_ds.data.manifest`, `shard_bytes` the size of each shard. Raises ConfigError if a
-    pair cannot fit the token budget, DataError if every pair is left out or a mismatched image is wanted of a single
-    group.
+    pair cannot fit the token budget, DataError if every pair is left out or there are too few groups to draw mismatched
+    ones from.
     """
 
     def __init__(self, index: Mapping[str, NDArray[Any]], shard_bytes: Sequence[int], settings: PlanSettings) -> None:
@@ -117,6 +119,14 @@ class DataPlan:
                 f"data set {settings.name}: mismatched images are wanted, but it has a single group; "
                 "give a set with more images or leave the matching objective out"
             )
+        if settings.candidates >= len(index["group_shard"]):
+            raise DataError(
+                f"data set {settings.name}: {settings.candidates} candidates to rank a pair against are wanted, but "
+                f"there are {len(index['group_shard']) - 1} other images; give a larger set, or ask for fewer "
+                "(objectives.retrieval.candidates)"
+            )
+        self._mismatches = settings.negative_probability > 0 or settings.candidates > 0
+        self._longest_texts = longest_texts(index, settings.max_text_length) if self._mismatches else None  # [G]
         self.left_out = self._scan()
         self._epochs: Recent[int, Epoch] = Recent(3)  # the one being read, and its neighbours at a boundary
         self._windows: Recent[tuple[int, int], _Packed] = Recent(settings.lanes + 2)  # every lane is inside one
@@ -146,6 +156,7 @@ class DataPlan:
             negatives=window.negatives[rows],
             draws=window.draws[rows],
             ids=tuple(identifier.decode() for identifier in self._index["pair_id"][pairs].tolist()),
+            candidates=self._draw_candidates(epoch, place, pairs),
         )
 
     def windows_read(self, epoch: int, start: int, stop: int) -> set[int]:
@@ -163,13 +174,14 @@ class DataPlan:
     def _scan(self) -> int:
         """Check every pair against the budget; returns how many are left out."""
         settings, index = self.settings, self._index
-        any_regions = int(index["group_regions"].max()) if settings.negative_probability > 0 else 0
+        any_regions = int(index["group_regions"].max()) if self._mismatches else 0
+        any_text = 0 if self._longest_texts is None else int(self._longest_texts.max())
         left_out, longest, owner = 0, 0, 0
         for start in range(0, len(index["pair_group"]), _SCAN):
-            text = np.asarray(index["pair_length"][start : start + _SCAN], np.int64)
-            regions = index["group_regions"][index["pair_group"][start : start + _SCAN]]
-            taken = self._taken(text)
-            lengths = np.where(taken, text + SPECIAL_TOKENS + np.maximum(regions, any_regions), 0) * settings.rows
+            sizes = sizes_of(index, slice(start, start + _SCAN))
+            others = np.ones_like(sizes.text)
+            taken = self._taken(sizes)
+            lengths = np.where(taken, self._lengths(sizes.with_others(any_regions * others, any_text * others)), 0)
             left_out += int((~taken).sum())
             if lengths.max() > longest:
                 longest, owner = int(lengths.max()), start + int(lengths.argmax())
@@ -183,9 +195,17 @@ class DataPlan:
         require_budget(longest, settings.tokens, settings.rows_multiple, named + with_negative)
         return left_out
 
-    def _taken(self, text: IntArray) -> NDArray[np.bool_]:
+    def _taken(self, sizes: PairSizes) -> NDArray[np.bool_]:
         limit = self.settings.max_text_length
-        return np.ones(len(text), np.bool_) if limit is None else text <= limit
+        if limit is None:
+            return np.ones(len(sizes.text), np.bool_)
+        taken: NDArray[np.bool_] = np.max([rule.own_text(sizes) for rule in self.settings.rules], axis=0) <= limit
+        return taken
+
+    def _lengths(self, sizes: PairSizes) -> IntArray:
+        """[P] tokens of a pair's rows, each as long as the longest of them: the most that any objective plans."""
+        lengths: IntArray = np.max([rule.planned_tokens(sizes) for rule in self.settings.rules], axis=0)
+        return lengths
 
     def _plan_epoch(self, epoch: int) -> Epoch:
         settings = self.settings
@@ -221,32 +241,59 @@ class DataPlan:
                 for start, count in zip(blocks.pair_start[own].tolist(), blocks.pairs[own].tolist(), strict=True)
             ]
         )
-        taken = self._taken(index["pair_length"][pairs])
-        pairs, words = pairs[taken], words[taken]
-        groups = np.asarray(index["pair_group"][pairs], np.int64)
+        sizes = sizes_of(index, pairs)
+        taken = self._taken(sizes)
+        pairs, words, sizes = pairs[taken], words[taken], sizes[taken]
         draws, negatives = as_uniform(words[:, 0]), np.full(len(pairs), -1)
-        regions = np.asarray(index["group_regions"][groups], np.int64)
-        if settings.negative_probability > 0:
-            read = np.concatenate(
-                [line[windows[window] : windows[window + 1]] for window in self._reach(line, windows, place)]
-            )
-            others = _draw_others(groups, ranges(blocks.group_start[read], blocks.group_stop[read]), words[:, 1])
-            chosen = draws < settings.negative_probability
-            negatives = np.where(chosen, others, -1)
-            regions = np.where(chosen, np.maximum(regions, index["group_regions"][others]), regions)
-        lengths = (index["pair_length"][pairs] + SPECIAL_TOKENS + regions) * settings.rows
+        others = sizes.other_regions, sizes.other_text
+        if self._longest_texts is not None:
+            candidates = self._groups_in_reach(line, windows, place)
+            regions, texts = index["group_regions"], self._longest_texts
+            if settings.negative_probability > 0:
+                drawn = _draw_others(np.asarray(index["pair_group"][pairs], np.int64), candidates, words[:, 1])
+                chosen = draws < settings.negative_probability
+                negatives = np.where(chosen, drawn, -1)
+                others = np.where(chosen, regions[drawn], 0), np.where(chosen, texts[drawn], 0)
+            if settings.candidates:  # some of so many others that the largest is most likely among them
+                others = np.full(len(pairs), regions[candidates].max()), np.full(len(pairs), texts[candidates].max())
+        lengths = self._lengths(sizes.with_others(*others))
         return _Drawn(pairs, lengths, negatives, draws, words[:, 2])
 
-    def _reach(self, line: IntArray, windows: IntArray, place: int) -> list[int]:
-        """The windows whose groups a window's pairs may need: itself, and its neighbour if it has a single group.
+    def _draw_candidates(self, epoch: int, place: int, pairs: IntArray) -> IntArray:
+        """[P, candidates] for each pair different groups of the window's reach, none of them its own."""
+        settings, wanted = self.settings, self.settings.candidates
+        if not wanted:
+            return np.zeros((len(pairs), 0), np.int64)
+        planned = self.epoch(epoch)
+        groups = self._groups_in_reach(planned.line, planned.windows, place)
+        rows = []
+        for pair in pairs.tolist():
+            stream = Stream(settings.seed, settings.name, "candidates", epoch, pair)
+            order = groups[stream.permutation(len(groups))[: wanted + 1]]
+            rows.append(order[order != self._index["pair_group"][pair]][:wanted])
+        return np.stack(rows)
 
-        Without the neighbour a mismatched image could not be found.
+    def _groups_in_reach(self, line: IntArray, windows: IntArray, place: int) -> IntArray:
+        read = np.concatenate(
+            [line[windows[window] : windows[window + 1]] for window in self._reach(line, windows, place)]
+        )
+        return ranges(self._blocks.group_start[read], self._blocks.group_stop[read])
+
+    def _reach(self, line: IntArray, windows: IntArray, place: int) -> list[int]:
+        """The windows whose groups a window's pairs may need: itself, and as many neighbours as it takes.
+
+        Without them there might not be enough other groups to draw mismatched ones from.
         """
-        own = line[windows[place] : windows[place + 1]]
-        groups = int((self._blocks.group_stop - self._blocks.group_start)[own].sum())
-        if self.settings.negative_probability == 0 or groups > 1:
-            return [place]
-        return [place, place + 1 if place + 2 < len(windows) else place - 1]
+        needed = max(self.settings.candidates, int(self.settings.negative_probability > 0)) + 1
+        counts = self._blocks.group_stop - self._blocks.group_start
+        reach: list[int] = []
+        held, last = 0, len(windows) - 2
+        for window in (*range(place, last + 1), *range(place - 1, -1, -1)):
+            if held >= needed or (reach and not self._mismatches):
+                break
+            reach.append(window)
+            held += int(counts[line[windows[window] : windows[window + 1]]].sum())
+        return reach
 
 
 def _window_shards(shards: int, lanes: int) -> int:

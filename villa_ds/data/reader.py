@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from villa_ds.batch import ImageSpan, Regions, Sample
+from villa_ds.batch import ImageSpan, Mismatched, Regions, Sample
 from villa_ds.data import npy
 from villa_ds.data.contract import span_problems
 from villa_ds.data.manifest import Manifest, Shard
@@ -53,8 +53,13 @@ class ShardReader:
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[Manifest]]:
         return ShardReader, (self.manifest,)
 
+    def mismatched(self, group: int) -> Mismatched:
+        """A group to rank pairs of other groups against."""
+        stored = self._group(group)
+        return Mismatched(stored.regions, _pieces_of(stored))
+
     def sample(self, pair: int, negative_group: int = -1) -> Sample:
-        """The pair of this number, with the regions of `negative_group` unless that is -1."""
+        """The pair of this number, with the group `negative_group` unless that is -1."""
         index = self.manifest.index
         stored = self._group(int(index["pair_group"][pair]))
         text = stored.texts[int(index["pair_slot"][pair])]
@@ -65,7 +70,7 @@ class ShardReader:
             regions=stored.regions,
             target=text["target"],
             negative=None if other is None else other.regions,
-            negative_texts=() if other is None else [each["word_pieces"] for each in other.texts],
+            negative_texts=() if other is None else _pieces_of(other),
         )
 
     def _group(self, group: int) -> _Group:
@@ -170,6 +175,10 @@ class ShardReader:
 
     def _damaged(self, group: int, what: str) -> NoReturn:
         raise DamagedError(self._damage(group, what), str(self.manifest.store)) from None
+
+
+def _pieces_of(group: _Group) -> list[list[int]]:
+    return [text["word_pieces"] for text in group.texts]
 
 
 def open_shard(store: Store, shard: Shard) -> mmap.mmap:

@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from villa_ds.data.manifest import INDEX_DTYPES, VOCABULARY_NAME, Manifest, Vocabulary, load_manifest
+from villa_ds.data.manifest import VOCABULARY_NAME, Manifest, Vocabulary, load_manifest
 from villa_ds.data.processes import in_order
 from villa_ds.data.progress import with_progress
+from villa_ds.data.sizes import RecordSizes, record_sizes
 from villa_ds.data.store import Store
 from villa_ds.data.stored import Form, decode, group_at, walk
 from villa_ds.errors import DamageError, DataError
@@ -155,8 +156,8 @@ def _file_problems(manifest: Manifest) -> Iterator[Problem]:
 def _index_problems(manifest: Manifest) -> Iterator[Problem]:
     """Index arrays: their checksums, then their types and lengths."""
     intact = True
-    for name in INDEX_DTYPES:
-        with _checked(manifest.store, f"{name}.npy", manifest.index_files[name]) as (_, wrong):
+    for name, expected in manifest.index_files.items():
+        with _checked(manifest.store, f"{name}.npy", expected) as (_, wrong):
             if wrong:
                 intact = False
                 yield Problem(f"{name}.npy", None, wrong, damage=True)
@@ -248,6 +249,8 @@ def _inside_shard(
                 texts += len(content.texts)
                 if group is not None:
                     problems += _index_differences(manifest.index, group, stored.offset, content.regions, content.texts)
+                if group is not None and not problems:
+                    problems += _size_differences(manifest.index, group, record_sizes(content.members["json"]))
             found += [Problem(shard.name, stored.key, text, damaged) for text in problems]
     except (tarfile.TarError, OSError) as error:
         text = f"not a readable tar after {len(keys)} groups: {error}"
@@ -273,6 +276,8 @@ def _group_in_place(manifest: Manifest, number: int, group: int) -> list[Problem
     content = decode(stored, Form.of(manifest), problems)
     if content is not None:
         problems += _index_differences(manifest.index, group, stored.offset, content.regions, content.texts)
+    if content is not None and not problems:
+        problems += _size_differences(manifest.index, group, record_sizes(content.members["json"]))
     return [Problem(shard.name, stored.key, text, damage=False) for text in problems]
 
 
@@ -289,6 +294,17 @@ def _index_differences(
     said = list(zip(index["pair_id"][low:high].tolist(), index["pair_length"][low:high].tolist(), strict=True))
     if stored != said:
         yield f"has texts (id, length) {stored}, the pair arrays say {said}"
+
+
+def _size_differences(index: Mapping[str, NDArray[Any]], group: int, sizes: RecordSizes) -> Iterator[str]:
+    """What the index arrays that not every set has say otherwise than the record of one group."""
+    low, high = np.searchsorted(index["pair_group"], [group, group + 1])
+    if "group_largest" in index and int(index["group_largest"][group]) != sizes.largest_image:
+        said = int(index["group_largest"][group])
+        yield f"has a largest image of {sizes.largest_image} regions, group_largest.npy says {said}"
+    for name, stored in (("pair_answer", sizes.answers), ("pair_rationale", sizes.rationales)):
+        if name in index and index[name][low:high].tolist() != stored:
+            yield f"has choices of {stored} word pieces, {name}.npy says {index[name][low:high].tolist()}"
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from villa_ds.data.manifest import (
     sync_folder,
     write_manifest,
 )
+from villa_ds.data.sizes import RecordSizes, record_sizes
 from villa_ds.errors import DataError
 
 DEFAULT_SHARD_BYTES = 1 << 30  # large enough to read at disk speed, small enough to spread over lanes
@@ -110,6 +111,7 @@ class GroupRecord:
     offset: int  # of its first tar header in the shard, in bytes
     regions: int
     texts: Sequence[tuple[str, int]]  # (id, number of word pieces)
+    sizes: RecordSizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ class ShardWriter:
         for number, record in enumerate(finished):
             self._shards.append(record.shard)
             for group in record.groups:
-                self._index.add(number, group.offset, group.regions, group.texts)
+                self._index.add(number, group)
                 self._keys.add(group.key)
         (self._folder / MANIFEST_NAME).unlink(missing_ok=True)  # a folder with a manifest is complete
         known = {record.shard.name for record in finished}
@@ -216,8 +218,8 @@ class ShardWriter:
         except DataError as error:
             raise DataError(f"group {group.key!r}: {error}") from None
         shard = self._shard_for(_tar_size(group.members))
-        offset = shard.add(group)
-        self._index.add(len(self._shards), offset, group.regions, group.texts)
+        record = shard.add(group)
+        self._index.add(len(self._shards), record)
         self._keys.add(group.key)
 
     def _shard_for(self, size: int) -> "_OpenShard":
@@ -246,6 +248,7 @@ class IndexBuilder:
         # Typed arrays: a set of ten million pairs must not need gigabytes of Python integers here.
         self._group_shard, self._group_offset, self._group_regions = array("i"), array("q"), array("i")
         self._pair_group, self._pair_slot, self._pair_length = array("q"), array("i"), array("i")
+        self._group_largest, self._pair_answer, self._pair_rationale = array("i"), array("i"), array("i")
 
     def check(self, texts: Sequence[tuple[str, int]]) -> None:
         """DataError if one of these ids is taken, by another group or within `texts`."""
@@ -256,8 +259,11 @@ class IndexBuilder:
                 raise DataError(f"text id {identifier!r} is already in the set")
             seen.add(encoded)
 
-    def add(self, shard: int, offset: int, regions: int, texts: Sequence[tuple[str, int]]) -> None:
+    def add(self, shard: int, offset: int, regions: int, texts: Sequence[tuple[str, int]], sizes: RecordSizes) -> None:
         """Append a group that begins at byte `offset` of a shard, with its (text id, number of word pieces)."""
+        self._group_largest.append(sizes.largest_image)
+        self._pair_answer.extend(sizes.answers)
+        self._pair_rationale.extend(sizes.rationales)
         self._group_shard.append(shard)
         self._group_offset.append(offset)
         self._group_regions.append(regions)
@@ -268,7 +274,13 @@ class IndexBuilder:
             self._ids[identifier.encode()] = None
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays by name."""
+        """The arrays by name; of those that not every set has, the ones that tell something."""
+        further = {}
+        if self._group_largest != self._group_regions:
+            further["group_largest"] = np.asarray(self._group_largest)
+        if any(self._pair_answer) or any(self._pair_rationale):
+            further["pair_answer"] = np.asarray(self._pair_answer)
+            further["pair_rationale"] = np.asarray(self._pair_rationale)
         return {
             "group_shard": np.asarray(self._group_shard),
             "group_offset": np.asarray(self._group_offset),
@@ -277,6 +289,7 @@ class IndexBuilder:
             "pair_slot": np.asarray(self._pair_slot),
             "pair_length": np.asarray(self._pair_length),
             "pair_id": np.asarray(list(self._ids), dtype="S"),
+            **further,
         }
 
 

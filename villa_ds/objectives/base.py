@@ -7,12 +7,14 @@ encoded states into a loss. An objective holds settings, never parameters: heads
 import abc
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
 from villa_ds.config_objectives import ObjectivesConfig
 from villa_ds.data.manifest import Manifest
+from villa_ds.data.sizes import SPECIAL_TOKENS, IntArray, PairSizes, RowRule
 from villa_ds.errors import ConfigError
 from villa_ds.models.backbone import Backbone
 from villa_ds.models.weights import Adaptation
@@ -28,10 +30,25 @@ class Objective(abc.ABC):
     head_name: str  # key of the head in the trained module, the reference code's own; objectives may share one
     reads: Reads
     downstream: bool = False  # a head trained from scratch on pre-trained weights, at its own learning rate
-    rows: int = 1  # of a batch that a sample takes; the plan counts each as long as text and regions together
+    rows: int = 1  # of a batch that a sample takes
     num_classes: int | None = None  # of `class_targets`; None: as many as the logits have
     adaptation: Adaptation = Adaptation()  # how pre-trained weights are made to fit
     negative_probability: float = 0.0  # share of pairs whose image the plan replaces by another
+    candidates: int = 0  # other images, each with a text, that the plan draws for every pair
+    screens: bool = False  # whether `screened` decides which rows are trained
+
+    @property
+    def row_rule(self) -> RowRule:
+        """How the plan learns what room a sample takes, from the index alone."""
+        return RowRule(self.own_text, self.planned_tokens)
+
+    def own_text(self, sizes: PairSizes) -> IntArray:
+        """[P] word pieces and inner separators of the longest text that is made of a sample's own."""
+        return sizes.text
+
+    def planned_tokens(self, sizes: PairSizes) -> IntArray:
+        """[P] rows of a sample x its longest row; never less than what `prepare` makes of it."""
+        return self.rows * (self.own_text(sizes) + SPECIAL_TOKENS + np.maximum(sizes.regions, sizes.other_regions))
 
     @abc.abstractmethod
     def prepare(self, sample: Sample, stream: Stream) -> Example:
@@ -44,6 +61,14 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def loss(self, head: nn.Module, encoded: Encoded, batch: Batch) -> LossOutput:
         """Loss, logits and metric sums of one pass."""
+
+    def screened(self, output: LossOutput, batch: Batch) -> Batch:
+        """The rows of `batch` to train on, by what a pass in evaluation mode scored; called if `screens`."""
+        return batch
+
+    def held_out(self) -> "Objective":
+        """The objective as held-out sets are evaluated with it; `loss` takes the batches of both."""
+        return self
 
     def divergence(self, logits: Tensor, other: Tensor) -> Tensor:
         """Symmetric Kullback-Leibler divergence: summed over classes, mean over the other axes. Scalar.

@@ -4,6 +4,8 @@ import numpy as np
 
 from villa_ds.batch import Example, ImageSpan, Regions, Sample
 from villa_ds.data.manifest import Vocabulary
+from villa_ds.data.sizes import IntArray, PairSizes
+from villa_ds.errors import DataError
 
 TEXT_TYPE, REGION_TYPE = 0, 1  # rows of the token type table
 
@@ -21,6 +23,16 @@ def plain_example(sample: Sample, regions: Regions, vocabulary: Vocabulary) -> E
         boxes=regions.boxes,
         region_types=np.full(count, REGION_TYPE, dtype=np.int64),
     )
+
+
+def choice_sizes(sizes: PairSizes) -> tuple[IntArray, IntArray]:
+    """[P] word pieces of the longest answer and rationale. `DataError` if the set does not tell them."""
+    if sizes.answer is None or sizes.rationale is None:
+        raise DataError(
+            "the set does not tell how long answers and rationales are: no target has any, or it was written before "
+            "sets said so; write it again with `villa-ds shards`"
+        )
+    return sizes.answer, sizes.rationale
 
 
 def image_regions(regions: Regions, place: int) -> Regions:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
 from villa_ds.config_objectives import Nlvr2Config, ObjectivesConfig
 from villa_ds.data.manifest import Manifest, Vocabulary
+from villa_ds.data.sizes import SPECIAL_TOKENS, IntArray, PairSizes
 from villa_ds.errors import DataError
 from villa_ds.models.backbone import Backbone
 from villa_ds.models.layers import initialize
@@ -45,6 +46,11 @@ class TwoImageReasoning(Objective):
         self.form = settings.form
         self.rows = 1 if self.form == "triplet" else 2
         self.reads = Reads.ALL if self.form == "paired-attn" else Reads.POOLED
+
+    def planned_tokens(self, sizes: PairSizes) -> IntArray:
+        """[P] the statement with both images, or twice with the larger one."""
+        regions = sizes.regions if self.form == "triplet" else sizes.largest_image
+        return self.rows * (sizes.text + SPECIAL_TOKENS + regions)
 
     def prepare(self, sample: Sample, stream: Stream) -> Example:
         """A row for each image, or one for both; draws nothing from `stream`.

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
 from villa_ds.config_objectives import ObjectivesConfig, VcrConfig
 from villa_ds.data.manifest import Manifest, Vocabulary
+from villa_ds.data.sizes import IntArray, PairSizes
 from villa_ds.errors import DataError
 from villa_ds.models.backbone import Backbone
 from villa_ds.models.weights import Adaptation
 from villa_ds.objectives.base import Objective, Sums, register, require_types, symmetric_kl
 from villa_ds.objectives.heads import two_layer_head
-from villa_ds.objectives.inputs import plain_example
+from villa_ds.objectives.inputs import choice_sizes, plain_example
 from villa_ds.objectives.reductions import total, widen
 from villa_ds.rng import Stream
 
@@ -51,6 +52,11 @@ class VisualCommonsenseReasoning(Objective):
         self.questions = QUESTIONS[settings.questions]
         self.rows = CHOICES * len(self.questions)
         self.adaptation = Adaptation(type_rows=(0, 1, 0, 0), new_words=settings.new_words)
+
+    def own_text(self, sizes: PairSizes) -> IntArray:
+        """[P] question, longest answer and, where they are asked for, longest rationale, with separators between."""
+        answer, rationale = choice_sizes(sizes)
+        return sizes.text + 1 + answer + (1 + rationale if RATIONALE in self.questions else 0)
 
     def prepare(self, sample: Sample, stream: Stream) -> Example:
         """Four rows a question, answers first; draws nothing from `stream`. Unusable targets are a `DataError`.

@@ -15,7 +15,7 @@ from villa_ds.config import Recipe
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import EvaluationLoader, Loader
 from villa_ds.data.manifest import Manifest, load_manifest
-from villa_ds.data.plan import SPECIAL_TOKENS
+from villa_ds.data.sizes import SPECIAL_TOKENS, sizes_of
 from villa_ds.data.transport import join
 from villa_ds.errors import CheckpointError, ConfigError, DataError
 from villa_ds.mapping import to_mapping
@@ -92,16 +92,17 @@ def build_initial_module(recipe: Recipe, data: RunData) -> TrainModule:
 
 def _refuse_long_texts(recipe: Recipe, data: RunData, positions: int) -> None:
     """Raise now for a text without a position: the step that meets it, or the last validation, may be days away."""
-    training = [(manifest, recipe.data.max_text_length) for manifest in data.sets.values()]
-    held_out = [(manifest, None) for manifest in data.validation.values()]  # of these no text is left out
-    for manifest, limit in (*training, *held_out):
-        lengths = manifest.index["pair_length"]
-        longest = int((lengths if limit is None else lengths[lengths <= limit]).max(initial=0)) + SPECIAL_TOKENS
-        if longest > positions:
-            raise ConfigError(
-                f"model.max_position_embeddings: {positions} is too small for a text of {longest} tokens in "
-                f"{manifest.store}; raise it" + (", or lower data.max_text_length" if limit is not None else "")
-            )
+    for task, objective in zip(recipe.tasks, data.objectives, strict=True):
+        training = (data.sets[task.data], recipe.data.max_text_length)
+        held_out = [(data.validation[task.data], None)] if task.data in data.validation else []
+        for manifest, limit in (training, *held_out):  # held out, no text is left out
+            lengths = objective.own_text(sizes_of(manifest.index, slice(None)))
+            longest = int((lengths if limit is None else lengths[lengths <= limit]).max(initial=0)) + SPECIAL_TOKENS
+            if longest > positions:
+                raise ConfigError(
+                    f"model.max_position_embeddings: {positions} is too small for a text of {longest} tokens in "
+                    f"{manifest.store}; raise it" + (", or lower data.max_text_length" if limit is not None else "")
+                )
 
 
 def load_initial_weights(module: TrainModule, path: Path, data: RunData) -> None:
@@ -157,9 +158,10 @@ def validation_loaders(
     for task, objective in zip(recipe.tasks, data.objectives, strict=True):
         if task.data in data.validation:
             manifest = data.validation[task.data]
+            evaluated = objective.held_out()
             loaders[f"{task.data}/{task.objective}"] = (
-                objective,
-                EvaluationLoader(manifest, objective, recipe.data, plan, rank, limit or None),
+                evaluated,
+                EvaluationLoader(manifest, evaluated, recipe.data, plan, rank, limit or None),
             )
     return loaders
 

@@ -70,6 +70,16 @@ class MicroBatchPasses:
         self.keeps_clean_graph = engine.keeps_clean_graph
         self._engine, self._work, self._last = engine, work, last
         self._weight = 1.0 / len(work.batches)
+        if work.objective.screens:
+            self.batch = self._screened()
+
+    def _screened(self) -> Batch:
+        """The rows that the objective keeps after one pass without dropout and gradient; every rank makes that pass."""
+        self._engine.module.eval()
+        with torch.no_grad():
+            output = self._engine.probe(self.batch, self._work.objective.name, None)
+        self._engine.module.train()
+        return self._work.objective.screened(output, self.batch)
 
     @property
     def gradient_scale(self) -> float:
