@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.downstream import make_task_shards
 from tests.shards import make_shards
 from villa_ds.data import npy
 from villa_ds.data.contract import target_problems
-from villa_ds.data.manifest import INDEX_DTYPES, fingerprint_of
+from villa_ds.data.manifest import fingerprint_of
 from villa_ds.data.statistics import stat
 from villa_ds.data.verify import draw_groups, verify, verify_sample
 from villa_ds.errors import DamageError, DataError
@@ -50,7 +51,7 @@ def seal(folder: Path) -> None:
     for shard in content["shards"]:
         data = (folder / shard["name"]).read_bytes()
         shard.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    for name in INDEX_DTYPES:
+    for name in content["index_files"]:
         content["index_files"][name] = hashlib.sha256((folder / f"{name}.npy").read_bytes()).hexdigest()
     content["vocabulary"]["sha256"] = hashlib.sha256((folder / "vocab.txt").read_bytes()).hexdigest()
     content["fingerprint"] = fingerprint_of(content)
@@ -410,3 +411,16 @@ def test_statistics(tmp_path):
     assert manifest.fingerprint in table
     make_shards(tmp_path / "bare", groups=3, shards=1, classes=0)
     assert "labels   " not in str(stat(tmp_path / "bare"))
+
+
+@pytest.mark.parametrize("name", ["group_largest", "pair_answer", "pair_rationale"])
+def test_lengths_that_only_some_sets_tell(tmp_path: Path, name: str) -> None:
+    make_task_shards(tmp_path / "set", "vcr", groups=4)
+    assert json.loads((tmp_path / "set" / "manifest.json").read_text())["schema"] == 2
+    assert not verify(tmp_path / "set").problems
+    array = np.load(tmp_path / "set" / f"{name}.npy")
+    array[2] += 1
+    (tmp_path / "set" / f"{name}.npy").write_bytes(npy.encode(array))
+    seal(tmp_path / "set")
+    (problem,) = verify(tmp_path / "set").problems
+    assert f"{name}.npy says" in problem.text
