@@ -259,15 +259,15 @@ class IndexBuilder:
                 raise DataError(f"text id {identifier!r} is already in the set")
             seen.add(encoded)
 
-    def add(self, shard: int, offset: int, regions: int, texts: Sequence[tuple[str, int]], sizes: RecordSizes) -> None:
-        """Append a group that begins at byte `offset` of a shard, with its (text id, number of word pieces)."""
-        self._group_largest.append(sizes.largest_image)
-        self._pair_answer.extend(sizes.answers)
-        self._pair_rationale.extend(sizes.rationales)
+    def add(self, shard: int, group: GroupRecord) -> None:
+        """Append a group of the shard of this number."""
         self._group_shard.append(shard)
-        self._group_offset.append(offset)
-        self._group_regions.append(regions)
-        for slot, (identifier, length) in enumerate(texts):
+        self._group_offset.append(group.offset)
+        self._group_regions.append(group.regions)
+        self._group_largest.append(group.sizes.largest_image)
+        self._pair_answer.extend(group.sizes.answers)
+        self._pair_rationale.extend(group.sizes.rationales)
+        for slot, (identifier, length) in enumerate(group.texts):
             self._pair_group.append(len(self._group_shard) - 1)
             self._pair_slot.append(slot)
             self._pair_length.append(length)
@@ -311,12 +311,13 @@ class _OpenShard:
         """Bytes so far."""
         return int(self._tar.tarstream.offset)
 
-    def add(self, group: EncodedGroup) -> int:
-        """Append a group's members; returns the byte offset of its first header."""
-        offset = self.size
+    def add(self, group: EncodedGroup) -> GroupRecord:
+        """Append a group's members; returns what the index says of it."""
+        sizes = record_sizes(group.members["json"])
+        record = GroupRecord(group.key, self.size, group.regions, group.texts, sizes)
         self._tar.write({"__key__": group.key, **group.members})
-        self.groups.append(GroupRecord(group.key, offset, group.regions, group.texts))
-        return offset
+        self.groups.append(record)
+        return record
 
     def finish(self) -> ShardRecord:
         self._tar.close()

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from villa_ds.data.convert.account import LOG_NAME
 from villa_ds.data.manifest import MANIFEST_NAME, Shard, sync_folder
+from villa_ds.data.sizes import RecordSizes
 from villa_ds.data.writer import GroupRecord, ShardRecord
 from villa_ds.errors import DataError
 
@@ -97,8 +98,10 @@ class Journal:
         if shard.name != path.name or not path.is_file() or path.stat().st_size != shard.bytes:
             return False
         groups = [
-            GroupRecord(key, offset, regions, [(identifier, length) for identifier, length in texts])
-            for key, offset, regions, texts in content["groups"]
+            GroupRecord(
+                key, offset, regions, [(identifier, length) for identifier, length in texts], RecordSizes(**sizes)
+            )
+            for key, offset, regions, texts, sizes in content["groups"]
         ]
         self.entries.append(Entry(ShardRecord(shard, groups), content["notes"]))
         return True
@@ -122,7 +125,7 @@ class Journal:
 
     def append(self, record: ShardRecord, notes: Sequence[Any]) -> None:
         """A shard is on the disk; `notes` on the planned groups up to its end."""
-        groups = [(group.key, group.offset, group.regions, group.texts) for group in record.groups]
+        groups = [(group.key, group.offset, group.regions, group.texts, asdict(group.sizes)) for group in record.groups]
         self._append({"shard": asdict(record.shard), "groups": groups, "notes": notes})
 
     def _append(self, content: Mapping[str, Any]) -> None:
