@@ -73,6 +73,7 @@ ORDER = (
     "data.collate",
     "data.digest",
     "data.delivery",
+    "data.ahead",
     "data.loader",
     "models.presets",
     "models.backbone",

@@ -6,7 +6,7 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -181,8 +181,9 @@ def deliver(
 ) -> Generator[Delivered, None, None]:
     """The batches of `requests`, in order.
 
-    `workers` processes (0: none) are up to `prefetch` requests ahead each; they end with the iterator. `pin_memory`
-    puts batches into page-locked memory. Raises the `VillaError` of a request when its batch would be due.
+    `workers` processes (0: none), which start at once, are up to `prefetch` requests ahead each; they end with the
+    iterator. `pin_memory` puts batches into page-locked memory. Raises the `VillaError` of a request when its batch
+    would be due.
     """
     if workers:
         _allow_many_files()
@@ -197,6 +198,10 @@ def deliver(
         worker_init_fn=_heed_the_trainer_only,
         generator=torch.Generator(),  # else torch draws its workers' seed from the generator that dropout uses
     )
+    return _sound(iter(batches))  # not lazily: processes are forked before the caller starts threads
+
+
+def _sound(batches: Iterator[Delivered | VillaError]) -> Generator[Delivered, None, None]:
     for made in batches:
         if isinstance(made, VillaError):
             raise made

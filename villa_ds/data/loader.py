@@ -8,6 +8,7 @@ from typing import Any
 
 from villa_ds.batch import Batch
 from villa_ds.config import DataConfig
+from villa_ds.data.ahead import Ahead, shards_to_come
 from villa_ds.data.delivery import BatchMaker, Preparer, Request, Source, deliver
 from villa_ds.data.lanes import BatchPlan, Position, describe_plan, draw_task, next_row
 from villa_ds.data.manifest import Manifest
@@ -77,6 +78,7 @@ class Loader:
         self._tasks, self._data, self._seed = tasks, data, seed
         self._batch_plan, self._rank, self._total_steps = batch_plan, rank, total_steps
         self._pin_memory = pin_memory
+        self._sets = sets
         self._plans = {name: self._plan(name, sets[name]) for name in dict.fromkeys(name for name, _, _ in tasks)}
         readers = {name: ShardReader(sets[name]) for name in self._plans}
         sources = [Source(name, readers[name], objective, data.max_text_length) for name, objective, _ in tasks]
@@ -154,17 +156,24 @@ class Loader:
         batches = deliver(
             self._maker, self._requests(planned), self._data.workers, self._data.prefetch, self._pin_memory
         )
-        while self._state.step < self._total_steps:
-            started = time.perf_counter()
-            taken = tuple(next(batches) for _ in range(self._batch_plan.lanes_per_rank))
-            waited = time.perf_counter() - started
-            step = planned.popleft()
-            self._state = step.after
-            name, objective, _ = self._tasks[step.task]
-            yield StepBatches(
-                step.after.step, step.task, name, objective.name, tuple(made.batch for made in taken),
-                step.micro_batches, waited, tuple(case for made in taken for case in made.damage),
-            )  # fmt: skip
+        with Ahead({name: self._sets[name] for name in self._plans}, self._data) as ahead:
+            while self._state.step < self._total_steps:
+                ahead.want(
+                    {
+                        name: shards_to_come(plan, self._batch_plan, self._rank, self._state.positions[name])
+                        for name, plan in self._plans.items()
+                    }
+                )
+                started = time.perf_counter()
+                taken = tuple(next(batches) for _ in range(self._batch_plan.lanes_per_rank))
+                waited = time.perf_counter() - started
+                step = planned.popleft()
+                self._state = step.after
+                name, objective, _ = self._tasks[step.task]
+                yield StepBatches(
+                    step.after.step, step.task, name, objective.name, tuple(made.batch for made in taken),
+                    step.micro_batches, waited, tuple(case for made in taken for case in made.damage),
+                )  # fmt: skip
 
 
 class EvaluationLoader:
@@ -204,7 +213,7 @@ class EvaluationLoader:
         )
         longest = int(manifest.index["pair_length"].max())
         self._maker = BatchMaker([Source(EVALUATION_NAME, ShardReader(manifest), objective, longest)], EVALUATION_SEED)
-        self._folder = str(manifest.store)
+        self._manifest = manifest
         count = self._plan.epoch(0).micro_batches
         self._count = count if limit is None else min(count, limit)
 
@@ -216,10 +225,17 @@ class EvaluationLoader:
         numbers = range(self._rank, len(self) * self._world, self._world)
         requests = map(self._request, numbers)
         batches = deliver(self._maker, requests, self._data.workers, self._data.prefetch, self._pin_memory)
-        for number, made in zip(numbers, batches, strict=True):
-            if made.damage:
-                raise DamagedError(made.damage[0], self._folder)
-            yield made.batch, number < self._count
+        with Ahead({EVALUATION_NAME: self._manifest}, self._data) as ahead:
+            for number in numbers:
+                ahead.want({EVALUATION_NAME: self._shards_from(number)})
+                made = next(batches)
+                if made.damage:
+                    raise DamagedError(made.damage[0], str(self._manifest.store))
+                yield made.batch, number < self._count
+
+    def _shards_from(self, number: int) -> Iterator[tuple[int, int]]:
+        """(micro-batches until it is needed, shard) from micro-batch `number` on."""
+        return ((at - number, shard) for at, shard in self._plan.shards_read(0, number, self._count))
 
     def _request(self, number: int) -> Request:
         return _request(0, self._objective, self._plan.micro_batch(0, min(number, self._count - 1)))

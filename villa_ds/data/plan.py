@@ -11,7 +11,7 @@ Of a whole epoch only the number of micro-batches of each window is kept; a wind
 Shape legend: P pairs of a window, W windows, B blocks, n micro-batches of a window.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +165,19 @@ class DataPlan:
         low, high = np.searchsorted(planned.first, [start, stop - 1], side="right") - 1
         used = np.flatnonzero(np.diff(planned.first[low : high + 2])) + low if start < stop else []
         return {read for place in used for read in self._reach(planned.line, planned.windows, int(place))}
+
+    def shards_read(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """(micro-batch that needs it first, shard) of a reader of micro-batches ``start:stop``, window by window."""
+        planned = self.epoch(epoch)
+        place = int(np.searchsorted(planned.first, start, side="right")) - 1
+        while start < stop:
+            for read in self._reach(planned.line, planned.windows, place):
+                blocks = planned.line[planned.windows[read] : planned.windows[read + 1]]
+                yield from ((start, shard) for shard in dict.fromkeys(self._blocks.shard[blocks].tolist()))
+            place += 1
+            while place < len(planned.windows) - 1 and planned.first[place] == planned.first[place + 1]:
+                place += 1
+            start = int(planned.first[place])
 
     def window_bytes(self, epoch: int) -> IntArray:
         """[W] bytes of the groups in each window of an epoch."""

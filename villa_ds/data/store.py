@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar
+from typing import BinaryIO, ClassVar, Protocol, TypeVar
 
 from villa_ds.config import DataConfig
 from villa_ds.data.cache import GIB, Cache, Partial, default_folder
@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 class Store(Protocol):
     """The files of one shard set. Its text names the set in messages."""
+
+    remote: ClassVar[bool]  # whether files are copied to this machine before they are read
 
     def at(self, name: str) -> str:
         """Where a file lies, for messages."""
@@ -71,6 +73,7 @@ class LocalStore:
     """A folder."""
 
     folder: Path
+    remote: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -113,6 +116,7 @@ class RemoteStore:
     retries: int
     manifest: str = ""  # the file that describes the set
     fingerprint: str = ""  # that stood in it
+    remote: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return self.transport.at("").rstrip("/ ")
