@@ -65,6 +65,7 @@ setup(
         "convert": ["lmdb>=1.4", "lz4>=4", "msgpack>=1"],
         "detector": ["torchvision>=0.18"],
         "images": ["scikit-image>=0.20", "scipy>=1.10"],
+        "parquet": ["pyarrow>=15"],
         "demo": ["easy-vqa>=1.0", "scikit-image>=0.20", "scipy>=1.10"],
         "dev": ["hypothesis>=6", "mypy>=1.8", "pytest>=8", "pytest-xdist>=3", "ruff>=0.8", "types-PyYAML"],
     },

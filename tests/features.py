@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from tests.shards import make_pieces
 from villa_ds.batch import Sample
-from villa_ds.data.convert.account import LOG_NAME
+from villa_ds.data.convert.account import LOG_NAME, Account
 from villa_ds.data.convert.settings import Settings
+from villa_ds.data.convert.sources import Listed
+from villa_ds.data.convert.texts import TextsFile
 from villa_ds.data.manifest import load_manifest
 from villa_ds.data.reader import ShardReader
 from villa_ds.data.verify import verify
@@ -121,3 +123,30 @@ def write_text_base(folder: Path, records: Mapping[str, Any], **files: Any) -> P
 
 def record(image: Any, **more: Any) -> dict[str, Any]:
     return {"input_ids": [6, 7], "img_fname": image, **more}
+
+
+def listed(texts: TextsFile, tmp_path: Path) -> list[tuple[str, str, str]]:
+    """(id, image, text) of every caption; nothing may be rejected."""
+    return [(row.id, row.images[0], text) for row, text in scanned(texts, tmp_path)]
+
+
+def scanned(texts: TextsFile, tmp_path: Path) -> list[tuple[Listed, str]]:
+    with Account(tmp_path / "account") as account:
+        source = texts.open(SETTINGS)
+        rows = list(source.scan(account.texts))
+        found = [(row, source.read(row.place).text) for row in rows]
+        source.close()
+        assert account.rejected == 0, str(account)
+        assert account.texts.read == len(found)
+    return found
+
+
+def rejected(texts: TextsFile, tmp_path: Path) -> list[str]:
+    """The details of what is rejected."""
+    with Account(tmp_path / "account") as account:
+        source = texts.open(SETTINGS)
+        kept = len(list(source.scan(account.texts)))
+        source.close()
+        assert account.texts.read == kept + account.rejected
+    lines = (tmp_path / "account" / LOG_NAME).read_text().splitlines()
+    return [json.loads(line)["detail"] for line in lines]

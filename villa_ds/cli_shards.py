@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from villa_ds.data.convert.account import Account
     from villa_ds.data.convert.settings import Settings
+    from villa_ds.data.convert.texts import TextsFile
 
 
 def add_shards(command: argparse.ArgumentParser) -> None:
@@ -24,13 +25,13 @@ def add_shards(command: argparse.ArgumentParser) -> None:
     action.set_defaults(run=_demo)
     action = actions.add_parser("from-uniter-lmdb", help="shards from UNITER's image and text data bases")
     action.add_argument("--images", required=True, metavar="IMG_DB", help="an LMDB folder; for VCR two, joined by ';'")
-    action.add_argument("--texts", required=True, type=Path, metavar="TXT_DB")
+    _add_texts(action, "uniter")
     _add_origin(action)
     _add_conversion(action)
     action.set_defaults(run=_from_uniter_lmdb)
-    action = actions.add_parser("from-npz", help="shards from a folder of .npz region files and texts as JSON lines")
+    action = actions.add_parser("from-npz", help="shards from a folder of .npz region files and texts")
     action.add_argument("--features", required=True, type=Path, metavar="FOLDER")
-    action.add_argument("--texts", required=True, type=Path, metavar="JSONL")
+    _add_texts(action, "jsonl")
     chosen = action.add_mutually_exclusive_group()
     chosen.add_argument("--boxes", type=positive, default=None, help="keep the first so many regions of an image")
     chosen.add_argument("--confidence", type=float, default=None, help="keep regions above it, as UNITER's 0.2")
@@ -39,9 +40,9 @@ def add_shards(command: argparse.ArgumentParser) -> None:
     _add_origin(action)
     _add_conversion(action)
     action.set_defaults(run=_from_npz)
-    action = actions.add_parser("from-tsv", help="shards from bottom-up-attention or LXMERT .tsv files and JSON lines")
+    action = actions.add_parser("from-tsv", help="shards from bottom-up-attention or LXMERT .tsv files and texts")
     action.add_argument("--features", required=True, action="append", type=Path, metavar="TSV", help="may be repeated")
-    action.add_argument("--texts", required=True, type=Path, metavar="JSONL")
+    _add_texts(action, "jsonl")
     action.add_argument("--detector-classes", type=positive, default=1601, help="background included")
     _add_origin(action)
     _add_conversion(action)
@@ -73,9 +74,9 @@ def _add_checks(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _add_pictures(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    action = actions.add_parser("from-images", help="shards from a folder of pictures and texts as JSON lines")
+    action = actions.add_parser("from-images", help="shards from a folder of pictures and texts")
     action.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="PNG and JPEG files, at any depth")
-    action.add_argument("--texts", required=True, type=Path, metavar="JSONL")
+    _add_texts(action, "jsonl")
     add_extractor(action)
     _add_conversion(action)
     action.set_defaults(run=_from_images)
@@ -87,6 +88,29 @@ def _add_pictures(actions: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_settings(action)
     action.add_argument("out", type=Path, metavar="OUT.npz")
     action.set_defaults(run=_fit_extractor)
+
+
+def _add_texts(action: argparse.ArgumentParser, usual: str) -> None:
+    """`usual`: the format of the texts unless one is named."""
+    action.add_argument("--texts", required=True, type=Path, metavar="PATH")
+    action.add_argument(
+        "--texts-format",
+        default=usual,
+        metavar="FORMAT",
+        help="jsonl, coco, karpathy, visual-genome, conceptual, sbu, parquet, arrow, uniter; default: %(default)s",
+    )
+    action.add_argument(
+        "--image-name", metavar="TEMPLATE", help="how the features name an image, such as 'COCO_train2014_{id:012}'"
+    )
+    action.add_argument("--split", default="", metavar="NAME,...", help="of a Karpathy split, Parquet or Arrow")
+    action.add_argument("--urls", type=Path, metavar="TXT", help="SBU: the file of URLs beside the file of captions")
+    for column, what in (
+        ("image", "image names"),
+        ("text", "captions, or lists of them"),
+        ("id", "text ids; default: the row's number"),
+        ("split", "splits"),
+    ):
+        action.add_argument(f"--{column}-column", metavar="NAME", help=f"Parquet, Arrow: the column of {what}")
 
 
 def _add_conversion(action: argparse.ArgumentParser) -> None:
@@ -174,7 +198,7 @@ def _demo(parsed: argparse.Namespace) -> int:
 def _from_uniter_lmdb(parsed: argparse.Namespace) -> int:
     from villa_ds.data.convert.uniter_lmdb import from_uniter_lmdb  # noqa: PLC0415
 
-    return _convert(parsed, functools.partial(from_uniter_lmdb, parsed.out, parsed.images, parsed.texts))
+    return _convert(parsed, functools.partial(from_uniter_lmdb, parsed.out, parsed.images, _texts(parsed)))
 
 
 def _from_npz(parsed: argparse.Namespace) -> int:
@@ -184,13 +208,13 @@ def _from_npz(parsed: argparse.Namespace) -> int:
     keep = parsed.boxes
     if parsed.confidence is not None:
         keep = Selection(parsed.confidence, parsed.min_boxes, parsed.max_boxes)
-    return _convert(parsed, functools.partial(from_npz, parsed.out, parsed.features, parsed.texts, keep=keep))
+    return _convert(parsed, functools.partial(from_npz, parsed.out, parsed.features, _texts(parsed), keep=keep))
 
 
 def _from_tsv(parsed: argparse.Namespace) -> int:
     from villa_ds.data.convert.tsv import from_tsv  # noqa: PLC0415
 
-    convert = functools.partial(from_tsv, parsed.out, parsed.features, parsed.texts)
+    convert = functools.partial(from_tsv, parsed.out, parsed.features, _texts(parsed))
     return _convert(parsed, convert, detector_classes=parsed.detector_classes)
 
 
@@ -201,7 +225,7 @@ def _from_images(parsed: argparse.Namespace) -> int:
     extractor = load_extractor(parsed.extractor, parsed.settings)
     if parsed.processes is None and not parsed.extractor.endswith((PIXELS, STORED_SUFFIX)):
         parsed.processes = 1  # a detector has threads of its own, or a GPU
-    return _convert(parsed, functools.partial(from_images, parsed.out, parsed.images, parsed.texts, extractor))
+    return _convert(parsed, functools.partial(from_images, parsed.out, parsed.images, _texts(parsed), extractor))
 
 
 def _fit_extractor(parsed: argparse.Namespace) -> int:
@@ -217,6 +241,22 @@ def _to_npz(parsed: argparse.Namespace) -> int:
 
     print(f"{parsed.out}: {to_npz(parsed.folder, parsed.out)} images")
     return 0
+
+
+def _texts(parsed: argparse.Namespace) -> "TextsFile":
+    from villa_ds.data.convert.texts import TextsFile  # noqa: PLC0415
+
+    return TextsFile(
+        parsed.texts,
+        parsed.texts_format,
+        parsed.image_name,
+        tuple(split for split in parsed.split.split(",") if split),
+        parsed.urls,
+        parsed.image_column,
+        parsed.text_column,
+        parsed.id_column,
+        parsed.split_column,
+    )
 
 
 def _convert(parsed: argparse.Namespace, convert: "Callable[[Settings], Account]", detector_classes: int = 0) -> int:

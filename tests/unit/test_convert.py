@@ -34,6 +34,7 @@ from villa_ds.data.convert.journal import JOURNAL_NAME
 from villa_ds.data.convert.npz import from_npz
 from villa_ds.data.convert.region_files import Selection, image_of, read_npz
 from villa_ds.data.convert.settings import Settings
+from villa_ds.data.convert.texts import TextsFile
 from villa_ds.data.convert.to_npz import to_npz
 from villa_ds.data.convert.tsv import from_tsv
 from villa_ds.data.convert.uniter_images import unpack_fields
@@ -70,7 +71,7 @@ def test_npz(tmp_path: Path) -> None:
     write_region_files(tmp_path / "images", images)
     rows = [row("b.npz", "t1", target={"labels": [1], "scores": [0.5]}), row("deep/a", 7), row("b", "t0"), "", ""]
     out = tmp_path / "out"
-    account = from_npz(out, tmp_path / "images", write_texts(tmp_path / "texts.jsonl", rows), SETTINGS)
+    account = from_npz(out, tmp_path / "images", TextsFile(write_texts(tmp_path / "texts.jsonl", rows)), SETTINGS)
     assert str(account) == "texts: 3 read = 3 written + 0 rejected\nimages: 2 read = 2 written + 0 rejected"
     assert not (out / LOG_NAME).exists()
     found = samples(out)
@@ -92,7 +93,7 @@ def test_npz(tmp_path: Path) -> None:
 def test_several_images_are_one_group(tmp_path: Path) -> None:
     images = write_region_files(tmp_path / "images", {"l": fields(1, 2), "r": fields(2, 3)})
     texts = write_texts(tmp_path / "texts", [row(["l", "r"], "a"), row(["r", "l"], "b"), row(["l", "r"], "c")])
-    account = from_npz(tmp_path / "out", images, texts, SETTINGS)
+    account = from_npz(tmp_path / "out", images, TextsFile(texts), SETTINGS)
     assert (account.texts.written, account.images.written) == (3, 2)
     found = samples(tmp_path / "out")
     assert {name: [span.name for span in sample.regions.images] for name, sample in found.items()} == {
@@ -177,19 +178,19 @@ def test_the_account_is_returned_too(tmp_path: Path) -> None:
     images = write_region_files(tmp_path / "images", {"a": fields(1)})
     texts = write_texts(tmp_path / "texts", [row("a", "kept"), row("b", "lost")])
     with pytest.raises(IncompleteError) as caught:
-        from_npz(tmp_path / "out", images, texts, SETTINGS)
+        from_npz(tmp_path / "out", images, TextsFile(texts), SETTINGS)
     assert caught.value.account.texts.rejected == {"of an image that is missing": 1}
-    assert from_npz(tmp_path / "out", images, texts, LENIENT).rejected == 1
+    assert from_npz(tmp_path / "out", images, TextsFile(texts), LENIENT).rejected == 1
 
 
 def test_nothing_to_write(tmp_path: Path) -> None:
     images = write_region_files(tmp_path / "images", {"a": fields(1)})
     texts = write_texts(tmp_path / "texts", [row("b", "lost")])
     with pytest.raises(DataError, match="nothing can be written: the texts name none of the images"):
-        from_npz(tmp_path / "out", images, texts, LENIENT)
+        from_npz(tmp_path / "out", images, TextsFile(texts), LENIENT)
     only_bad = write_texts(tmp_path / "bad", [row("a", "bad", text="")])
     with pytest.raises(IncompleteError):  # leave to reject some is no leave to write an empty set
-        from_npz(tmp_path / "out", images, only_bad, LENIENT)
+        from_npz(tmp_path / "out", images, TextsFile(only_bad), LENIENT)
 
 
 def test_a_killed_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,21 +207,21 @@ def test_a_killed_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(join, "ShardWriter", Killed)
         with pytest.raises(KeyboardInterrupt):
-            from_npz(tmp_path / "out", images, texts, settings)
+            from_npz(tmp_path / "out", images, TextsFile(texts), settings)
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
     assert sorted(item.name for item in (tmp_path / "out").iterdir()) == [JOURNAL_NAME, "shard-000000.tar"]
-    account = from_npz(tmp_path / "out", images, texts, settings)
-    assert str(account) == str(from_npz(tmp_path / "again", images, texts, settings))
+    account = from_npz(tmp_path / "out", images, TextsFile(texts), settings)
+    assert str(account) == str(from_npz(tmp_path / "again", images, TextsFile(texts), settings))
     assert files(tmp_path / "out") == files(tmp_path / "again")
     with pytest.raises(DataError, match="already holds a shard set"):
-        from_npz(tmp_path / "out", images, texts, settings)
+        from_npz(tmp_path / "out", images, TextsFile(texts), settings)
 
 
 def test_a_refused_conversion_leaves_no_tars(tmp_path: Path) -> None:
     images = write_region_files(tmp_path / "images", {name: fields(1) for name in "abc"})
     texts = write_texts(tmp_path / "texts", [*(row(name, name) for name in "abc"), row("d", "lost")])
     with pytest.raises(IncompleteError):
-        from_npz(tmp_path / "out", images, texts, Settings(PIECES, command="test", shard_bytes=1))
+        from_npz(tmp_path / "out", images, TextsFile(texts), Settings(PIECES, command="test", shard_bytes=1))
     assert [item.name for item in (tmp_path / "out").iterdir()] == [LOG_NAME]
 
 
@@ -283,7 +284,7 @@ def test_bottom_up_tsv(tmp_path: Path) -> None:
     first = write_tsv(tmp_path / "a.tsv", [bottom_up_row(name, contents[name]) for name in ("2", "1")])
     second = write_tsv(tmp_path / "b.tsv", [bottom_up_row("3", contents["3"], (640, 480))])
     texts = write_texts(tmp_path / "texts", [row(int(name), f"t{name}") for name in contents])
-    account = from_tsv(tmp_path / "out", [first, second], texts, SETTINGS)
+    account = from_tsv(tmp_path / "out", [first, second], TextsFile(texts), SETTINGS)
     assert (account.texts.written, account.images.written, account.rejected) == (3, 3, 0)
     found = samples(tmp_path / "out")
     assert list(found) == ["t2", "t1", "t3"]
@@ -328,7 +329,7 @@ def test_bad_rows_of_a_tsv(tmp_path: Path) -> None:
         columns[place] = content
     features = write_tsv(tmp_path / "a.tsv", rows)
     texts = write_texts(tmp_path / "texts", [row(name, f"of-{name}") for name in ("good", *cases, "short")])
-    account = from_tsv(tmp_path / "out", [features], texts, LENIENT)
+    account = from_tsv(tmp_path / "out", [features], TextsFile(texts), LENIENT)
     assert list(samples(tmp_path / "out")) == ["of-good"]
     assert (account.texts.read, account.texts.written) == (12, 1)
     assert (account.images.read, account.images.written, account.images.unused) == (14, 1, 0)

@@ -23,6 +23,7 @@ from tests.features import (
 )
 from villa_ds.data.convert.account import IncompleteError
 from villa_ds.data.convert.settings import Settings, read_answers, with_extra
+from villa_ds.data.convert.texts import TextsFile
 from villa_ds.data.convert.to_npz import to_npz
 from villa_ds.data.convert.uniter_lmdb import from_uniter_lmdb
 from villa_ds.data.manifest import MANIFEST_NAME, load_manifest
@@ -52,7 +53,7 @@ def test_targets_of_data_bases(tmp_path: Path, images: Path) -> None:
         },
         img2txts={"a.npz": ["caption", "test", "entailment"]},
     )
-    account = from_uniter_lmdb(tmp_path / "out", str(images.parent), texts, SETTINGS)
+    account = from_uniter_lmdb(tmp_path / "out", str(images.parent), TextsFile(texts, "uniter"), SETTINGS)
     assert account.rejected == 0
     found = samples(tmp_path / "out")
     assert {name: sample.target for name, sample in found.items()} == {
@@ -86,7 +87,7 @@ def test_referring_expressions_on_detections(tmp_path: Path) -> None:
     for kind, target in (("coco_gt", {**expected, "region": 1}), ("det_coco", expected)):
         name = f"visual_grounding_{kind}_000000000007"
         base = write_lmdb(tmp_path / kind / "feat_numbb2", {f"{name}.npz": packed(fields(1))})
-        from_uniter_lmdb(tmp_path / f"out-{kind}", str(base), texts, SETTINGS)
+        from_uniter_lmdb(tmp_path / f"out-{kind}", str(base), TextsFile(texts, "uniter"), SETTINGS)
         sample = samples(tmp_path / f"out-{kind}")["1"]
         assert sample.target == target
         assert [(span.name, span.stop) for span in sample.regions.images] == [(name, 2)]
@@ -138,7 +139,7 @@ def test_bad_records_of_data_bases(tmp_path: Path, images: Path) -> None:
             **{f"of-{name}": f"{name}.npz" for name in names},
         },
     )
-    account = from_uniter_lmdb(tmp_path / "out", str(base), texts, LENIENT)
+    account = from_uniter_lmdb(tmp_path / "out", str(base), TextsFile(texts, "uniter"), LENIENT)
     assert list(samples(tmp_path / "out")) == ["good"]
     assert (account.texts.read, account.texts.written) == (15, 1)
     assert (account.images.read, account.images.written, account.images.rejected.total()) == (6, 1, 5)
@@ -169,7 +170,7 @@ def test_bad_records_of_data_bases(tmp_path: Path, images: Path) -> None:
 def test_data_bases_that_do_not_fit(tmp_path: Path, images: Path, change: dict[str, Any], message: str) -> None:
     texts = write_text_base(tmp_path / "t.db", {"t": record("a.npz")}, **change)
     with pytest.raises(DataError, match="(?s).*" + message.replace("[", r"\[")):
-        from_uniter_lmdb(tmp_path / "out", str(images), texts, LENIENT)
+        from_uniter_lmdb(tmp_path / "out", str(images), TextsFile(texts, "uniter"), LENIENT)
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
 
 
@@ -177,12 +178,12 @@ def test_which_image_data_base(tmp_path: Path, images: Path) -> None:
     texts = write_text_base(tmp_path / "t.db", {"t": record("a.npz")})
     write_lmdb(images.parent / "all", {"a.npz": packed(fields(1))})
     with pytest.raises(DataError, match=r"there are in it: all, feat_th0.2_max9_min1"):
-        from_uniter_lmdb(tmp_path / "out", str(images.parent), texts, SETTINGS)
+        from_uniter_lmdb(tmp_path / "out", str(images.parent), TextsFile(texts, "uniter"), SETTINGS)
     (images.parent / "nbb_th0.2_max9_min1.json").write_text('{"b.npz": 2}')
     with pytest.raises(DataError, match="a: is not in the nbb file"):
-        from_uniter_lmdb(tmp_path / "out", str(images), texts, SETTINGS)
+        from_uniter_lmdb(tmp_path / "out", str(images), TextsFile(texts, "uniter"), SETTINGS)
     with pytest.raises(DataError, match="there are in it: none"):
-        from_uniter_lmdb(tmp_path / "out", str(tmp_path / "out"), texts, SETTINGS)
+        from_uniter_lmdb(tmp_path / "out", str(tmp_path / "out"), TextsFile(texts, "uniter"), SETTINGS)
 
 
 def test_two_image_data_bases(tmp_path: Path, images: Path) -> None:
@@ -194,7 +195,7 @@ def test_two_image_data_bases(tmp_path: Path, images: Path) -> None:
     )
     for place, order in enumerate((f"{images};{truth}", f"{truth};{images}")):
         out = tmp_path / f"out{place}"
-        account = from_uniter_lmdb(out, order, texts, LENIENT)
+        account = from_uniter_lmdb(out, order, TextsFile(texts, "uniter"), LENIENT)
         assert account.texts.rejected == {"of an image that is missing": 2}
         regions = samples(out)["t"].regions
         assert [(span.name, span.start, span.stop) for span in regions.images] == [("x", 0, 2), ("a", 2, 5)]
@@ -204,7 +205,7 @@ def test_two_image_data_bases(tmp_path: Path, images: Path) -> None:
 def test_extra_pieces(tmp_path: Path, images: Path) -> None:
     texts = write_text_base(tmp_path / "t.db", {"t": record("a.npz", input_ids=[6, 64])})
     settings = Settings(with_extra(PIECES, 2), command="test", extra_pieces=2)
-    from_uniter_lmdb(tmp_path / "out", str(images), texts, settings)
+    from_uniter_lmdb(tmp_path / "out", str(images), TextsFile(texts, "uniter"), settings)
     assert samples(tmp_path / "out")["t"].word_pieces.tolist() == [6, 64]
     assert load_manifest(tmp_path / "out").vocabulary.size == 66
 
@@ -216,7 +217,7 @@ def test_answers(tmp_path: Path, images: Path) -> None:
     texts = write_text_base(tmp_path / "t.db", {"t": record("a.npz", target={"labels": [2], "scores": [1.0]})})
     settings = Settings(PIECES, command="test", answers=read_answers(path))
     with pytest.raises(IncompleteError) as caught:
-        from_uniter_lmdb(tmp_path / "out", str(images), texts, settings)
+        from_uniter_lmdb(tmp_path / "out", str(images), TextsFile(texts, "uniter"), settings)
     assert "has the answer 2, but there are 2 answers" in str(caught.value.account)
     for wrong in ('{"yes": 1}', "[1]", "{"):
         path.write_text(wrong)

@@ -15,6 +15,7 @@ from villa_ds.data.convert.account import Account
 from villa_ds.data.convert.journal import JOURNAL_NAME, Journal
 from villa_ds.data.convert.npz import from_npz
 from villa_ds.data.convert.settings import Settings
+from villa_ds.data.convert.texts import TextsFile
 from villa_ds.data.manifest import load_manifest, vocabulary_bytes
 from villa_ds.data.writer import ShardWriter
 from villa_ds.errors import DataError
@@ -36,7 +37,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def run(source: Path, out: Path, settings: Settings = SMALL) -> Account:
-    return from_npz(out, source / "images", source / "texts.jsonl", settings)
+    return from_npz(out, source / "images", TextsFile(source / "texts.jsonl"), settings)
 
 
 def interrupted(source: Path, out: Path, groups: int, settings: Settings = SMALL) -> None:

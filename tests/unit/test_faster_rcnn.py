@@ -14,6 +14,7 @@ from tests.unit.test_from_images import picture
 from villa_ds.cli import main
 from villa_ds.data.convert.extractors import load_extractor
 from villa_ds.data.convert.images import from_images
+from villa_ds.data.convert.texts import TextsFile
 from villa_ds.data.manifest import load_manifest
 from villa_ds.errors import ConfigError, WeightsError
 
@@ -134,7 +135,7 @@ def test_pictures_to_shards(weights: Path, tmp_path: Path) -> None:
     picture(tmp_path / "pictures/b.jpg", (40, 90))
     texts = write_texts(tmp_path / "t.jsonl", [row("a", "1"), row("b", "2")])
     extractor = extractor_of(weights)
-    from_images(tmp_path / "out", tmp_path / "pictures", texts, extractor, LENIENT)
+    from_images(tmp_path / "out", tmp_path / "pictures", TextsFile(texts), extractor, LENIENT)
     assert sorted(samples(tmp_path / "out")) == ["1", "2"]
     manifest = load_manifest(tmp_path / "out")
     assert (manifest.extractor, manifest.feature_width) == (extractor.fingerprint, WIDTH)

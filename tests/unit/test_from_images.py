@@ -19,6 +19,7 @@ from villa_ds.data.convert.extractor import ExtractedRegions, read_picture
 from villa_ds.data.convert.extractors import load_extractor
 from villa_ds.data.convert.images import from_images
 from villa_ds.data.convert.regions import FILE_NAME, PixelRegionExtractor
+from villa_ds.data.convert.texts import TextsFile
 from villa_ds.data.manifest import load_manifest, vocabulary_bytes
 from villa_ds.errors import ConfigError, DataError
 
@@ -85,8 +86,8 @@ def test_what_cannot_be_read_is_rejected_for_its_reason(tmp_path: Path, capsys: 
     texts = write_texts(tmp_path / "t.jsonl", [row(name, f"of-{name}") for name in names])
     extractor = load_extractor("pixels")
     with pytest.raises(IncompleteError, match="--allow-rejected"):
-        from_images(tmp_path / "out", pictures, texts, extractor, SETTINGS)
-    account = from_images(tmp_path / "out", pictures, texts, extractor, LENIENT)
+        from_images(tmp_path / "out", pictures, TextsFile(texts), extractor, SETTINGS)
+    account = from_images(tmp_path / "out", pictures, TextsFile(texts), extractor, LENIENT)
     assert sorted(samples(tmp_path / "out")) == ["of-a.png", "of-c.png", "of-deep/b"]
     assert sorted(span.name for s in samples(tmp_path / "out").values() for span in s.regions.images) == [
         "a.png",
@@ -106,7 +107,7 @@ def test_a_name_without_suffix_must_mean_one_file(tmp_path: Path) -> None:
     picture(tmp_path / "pictures/a.png")
     picture(tmp_path / "pictures/a.jpg")
     texts = write_texts(tmp_path / "t.jsonl", [row("a", "either"), row("a.jpg", "one")])
-    account = from_images(tmp_path / "out", tmp_path / "pictures", texts, load_extractor("pixels"), LENIENT)
+    account = from_images(tmp_path / "out", tmp_path / "pictures", TextsFile(texts), load_extractor("pixels"), LENIENT)
     assert account.texts.rejected == {"of an image that is missing": 1}
     assert list(samples(tmp_path / "out")) == ["one"]
 
@@ -201,4 +202,4 @@ def test_which_extractor_is_not_there(name: str, settings: Sequence[str], messag
 def test_a_wrong_folder_is_refused(tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "t.jsonl", [row("a", "t")])
     with pytest.raises(DataError, match="absent: no such folder"):
-        from_images(tmp_path / "out", tmp_path / "absent", texts, load_extractor("pixels"), SETTINGS)
+        from_images(tmp_path / "out", tmp_path / "absent", TextsFile(texts), load_extractor("pixels"), SETTINGS)

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from villa_ds.data.convert.identity import (
     COCO,
@@ -42,7 +42,24 @@ from villa_ds.errors import DamageError, DataError
 
 _TXT2IMG = "txt2img.json"
 _SHOWN = 5  # shared images that a report names
+T = TypeVar("T")
 Links = Mapping[Identity, Sequence[Identity]]  # other identities of the same photograph
+
+
+def choose_splits(path: Path, rows: Sequence[tuple[Any, T]], splits: Sequence[str], example: str) -> list[T]:
+    """Of (split, row) the rows of `splits`, or all where there is one split only.
+
+    DataError, with how to choose them (`example`), if none of several is chosen or one that there is not.
+    """
+    counts = Counter(str(split) for split, _ in rows)
+    if len(counts) == 1 and not splits:
+        return [row for _, row in rows]
+    unknown = [split for split in splits if split not in counts]
+    if unknown or not splits:
+        there = ", ".join(f"{split} ({count})" for split, count in counts.most_common())
+        what = f"has no split {unknown[0]!r}" if unknown else "has several splits"
+        raise DataError(f"{path}: {what}; name some, as in {example}; there are {there or 'none'}")
+    return [row for split, row in rows if split in splits]
 
 
 @dataclass(frozen=True)
@@ -168,17 +185,9 @@ class _Source:
             raise DataError(f"{path}: no such file or folder of images to compare with")
         return _Source(space or None, Path(path), tuple(split for split in splits.split(",") if split))
 
-    def choose(self, rows: Sequence[tuple[Any, Any]]) -> list[Any]:
-        """Of (split, row) the rows of the chosen splits. DataError if none of several is chosen, or an unknown one."""
-        counts = Counter(str(split) for split, _ in rows)
-        if len(counts) == 1 and not self.splits:
-            return [row for _, row in rows]
-        unknown = [split for split in self.splits if split not in counts]
-        if unknown or not self.splits:
-            there = ", ".join(f"{split} ({count})" for split, count in counts.most_common())
-            what = f"has no split {unknown[0]!r}" if unknown else "has several splits"
-            raise DataError(f"{self.path}: {what}; name some, as in {self.path.name}#val,test; there are {there}")
-        return [row for split, row in rows if split in self.splits]
+    def choose(self, rows: Sequence[tuple[Any, T]]) -> list[T]:
+        """Of (split, row) the rows of the chosen splits."""
+        return choose_splits(self.path, rows, self.splits, f"{self.path.name}#val,test")
 
     def refuse_splits(self) -> None:
         """DataError if splits were named of a file that tells none."""

@@ -13,9 +13,9 @@ from villa_ds.data.convert.extractor import UNREADABLE, ExtractedRegions, Region
 from villa_ds.data.convert.extractors import pixel_extractor
 from villa_ds.data.convert.identity import stem
 from villa_ds.data.convert.join import convert
-from villa_ds.data.convert.jsonl import JsonlTexts
 from villa_ds.data.convert.settings import Settings
 from villa_ds.data.convert.sources import Listed, Place, TextSource
+from villa_ds.data.convert.texts import TextsFile
 from villa_ds.data.processes import in_order
 from villa_ds.data.progress import with_progress
 from villa_ds.data.writer import Image, Text
@@ -27,13 +27,15 @@ SEED = 0  # of the codebook's starting points
 _AMBIGUOUS = ""
 
 
-def from_images(out: str | Path, images: Path, texts: Path, extractor: RegionExtractor, settings: Settings) -> Account:
+def from_images(
+    out: str | Path, images: Path, texts: TextsFile, extractor: RegionExtractor, settings: Settings
+) -> Account:
     """Extract regions of the pictures under `images` and convert them with the texts; errors as `join.convert`."""
     folder = ImageFolder(images, extractor)
     settings = dataclasses.replace(settings, extractor=extractor.fingerprint)
-    with closing(JsonlTexts(texts, settings)) as rows:
-        named = f"pictures {images.name}, {texts.name}"
-        return convert(out, [folder], _OfFiles(rows, folder), settings, named, [images, texts])
+    with closing(texts.open(settings)) as rows:
+        named = f"pictures {images.name}, {texts.path.name}"
+        return convert(out, [folder], _OfFiles(rows, folder), settings, named, [images, *texts.inputs])
 
 
 class ImageFolder:

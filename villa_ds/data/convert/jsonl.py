@@ -6,17 +6,14 @@
 into the vocabulary without [CLS] and [SEP], the text is not encoded anew.
 """
 
-import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from villa_ds.data.convert.account import RejectionError, Tally
-from villa_ds.data.convert.exclusions import Exclusions
 from villa_ds.data.convert.region_files import UNREADABLE, bare
-from villa_ds.data.convert.settings import Settings
 from villa_ds.data.convert.sources import TWICE, Listed, Names, Place
 from villa_ds.data.wordpiece import WordPieces
 from villa_ds.data.writer import Text
@@ -37,17 +34,16 @@ class _Row:
 class JsonlTexts:
     """Source of texts: a file of JSON lines, whose places are byte offsets."""
 
-    def __init__(self, path: Path, settings: Settings) -> None:
-        self._path = path
-        self._settings = dataclasses.replace(settings, exclusions=Exclusions())  # of no use in a worker process
-        self._word_pieces = WordPieces(settings.pieces)
+    def __init__(self, path: Path, pieces: Sequence[str]) -> None:
+        """`pieces`: the vocabulary in the order of its ids."""
+        self._path, self._word_pieces = path, WordPieces(pieces)
         try:
             self._stream = path.open("rb")
         except OSError as error:
             raise DataError(f"{path}: cannot read the texts: {error.strerror}") from None
 
-    def __reduce__(self) -> tuple[type["JsonlTexts"], tuple[Path, Settings]]:
-        return JsonlTexts, (self._path, self._settings)  # opened anew: a shared file would share its position
+    def __reduce__(self) -> tuple[type["JsonlTexts"], tuple[Path, Sequence[str]]]:
+        return JsonlTexts, (self._path, self._word_pieces.pieces)  # opened anew: a shared file would share its position
 
     def close(self) -> None:
         """Close the file."""
@@ -87,9 +83,9 @@ def _parse(line: bytes, where: str) -> _Row:
         raise RejectionError(where, UNREADABLE, f"is not JSON: {error}") from None
     if not isinstance(row, dict) or not row.keys() <= _KEYS:
         raise RejectionError(where, UNREADABLE, f"is no object of {', '.join(sorted(_KEYS))}, but {str(row)[:80]}")
-    identifier = _name(row.get("id"))
+    identifier = name_of(row.get("id"))
     images = row.get("image")
-    names = [_name(name) for name in (images if isinstance(images, list) else [images])]
+    names = [name_of(name) for name in (images if isinstance(images, list) else [images])]
     if identifier is None or not names or None in names:
         raise RejectionError(where, UNREADABLE, f"has the id {row.get('id')!r} and the image {images!r}")
     text, target, pieces = row.get("text"), row.get("target", {}), row.get("word_pieces")
@@ -99,7 +95,7 @@ def _parse(line: bytes, where: str) -> _Row:
     return _Row(identifier, tuple(bare(name) for name in names if name is not None), text, pieces, target)
 
 
-def _name(value: Any) -> str | None:
+def name_of(value: Any) -> str | None:
     """An id or a name, which may be a number in JSON; None if it is neither."""
     return str(value) if type(value) is int else value if isinstance(value, str) and value else None
 

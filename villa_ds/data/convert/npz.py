@@ -1,4 +1,4 @@
-"""`villa-ds shards from-npz`: a shard set from a folder of region files, UNITER's source layout, and JSON lines."""
+"""`villa-ds shards from-npz`: a shard set from a folder of region files, UNITER's source layout, and texts."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -6,22 +6,22 @@ from pathlib import Path
 
 from villa_ds.data.convert.account import Account, Tally
 from villa_ds.data.convert.join import convert
-from villa_ds.data.convert.jsonl import JsonlTexts
 from villa_ds.data.convert.region_files import SUFFIX, Selection, bare, image_of, read_npz
 from villa_ds.data.convert.settings import Settings
 from villa_ds.data.convert.sources import Place
+from villa_ds.data.convert.texts import TextsFile
 from villa_ds.data.writer import Image
 from villa_ds.errors import DataError
 
 
 def from_npz(
-    out: str | Path, features: Path, texts: Path, settings: Settings, keep: Selection | int | None = None
+    out: str | Path, features: Path, texts: TextsFile, settings: Settings, keep: Selection | int | None = None
 ) -> Account:
     """Convert the `.npz` files under `features` with the texts; `keep` and errors as `image_of` and `join.convert`."""
     images = NpzImages(features, keep)
-    with closing(JsonlTexts(texts, settings)) as rows:
-        named = f"region files {features.name}, {texts.name}"
-        return convert(out, [images], rows, settings, named, [features, texts])
+    with closing(texts.open(settings)) as rows:
+        named = f"region files {features.name}, {texts.path.name}"
+        return convert(out, [images], rows, settings, named, [features, *texts.inputs])
 
 
 class NpzImages:

@@ -1,4 +1,4 @@
-"""`villa-ds shards from-tsv`: a shard set from tab-separated features and JSON lines.
+"""`villa-ds shards from-tsv`: a shard set from tab-separated features and texts.
 
 Two layouts, told apart by their number of columns. Arrays are base64, n regions of D features, boxes in pixels:
 
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from villa_ds.data.convert.account import Account, RejectionError, Tally
 from villa_ds.data.convert.join import convert
-from villa_ds.data.convert.jsonl import JsonlTexts
 from villa_ds.data.convert.region_files import UNREADABLE, WRONG_COUNTS
 from villa_ds.data.convert.settings import Settings
 from villa_ds.data.convert.sources import Place
+from villa_ds.data.convert.texts import TextsFile
 from villa_ds.data.writer import Image
 from villa_ds.errors import DataError
 
@@ -35,15 +35,14 @@ _LXMERT = (
 _LAYOUTS = {len(layout): layout for layout in (_BOTTOM_UP, _LXMERT)}
 
 
-def from_tsv(out: str | Path, features: Sequence[Path], texts: Path, settings: Settings) -> Account:
+def from_tsv(out: str | Path, features: Sequence[Path], texts: TextsFile, settings: Settings) -> Account:
     """Convert the rows of `features`, files of one layout, with the texts; errors as `join.convert`.
 
     Labels of the LXMERT layout are of `settings.detector_classes` classes, background included.
     """
-    inputs = [*features, texts]
-    named = f"tab-separated features {', '.join(path.name for path in inputs)}"
-    with closing(TsvImages(features)) as images, closing(JsonlTexts(texts, settings)) as rows:
-        return convert(out, [images], rows, settings, named, inputs)
+    named = f"tab-separated features {', '.join(path.name for path in (*features, texts.path))}"
+    with closing(TsvImages(features)) as images, closing(texts.open(settings)) as rows:
+        return convert(out, [images], rows, settings, named, [*features, *texts.inputs])
 
 
 class TsvImages:

@@ -23,6 +23,7 @@ from villa_ds.data.convert.json_files import read_json
 from villa_ds.data.convert.region_files import DAMAGE, UNREADABLE, bare
 from villa_ds.data.convert.settings import Settings
 from villa_ds.data.convert.sources import Listed, Names, Place
+from villa_ds.data.convert.texts import UNITER, TextsFile
 from villa_ds.data.convert.uniter_images import LIST_KEY, LmdbImages, ReadOnlyLmdb
 from villa_ds.data.writer import Text
 from villa_ds.errors import DataError
@@ -40,8 +41,10 @@ _LENGTHS = ("id2len.json", "id2len_qa.json", "id2len_qar.json")
 _SENTENCES = ("sentence", "sent", "question", "caption", "text")  # where a record may hold its text
 
 
-def from_uniter_lmdb(out: str | Path, images: str, texts: str | Path, settings: Settings) -> Account:
+def from_uniter_lmdb(out: str | Path, images: str, texts: TextsFile, settings: Settings) -> Account:
     """Convert a pair of data bases. `images`: a folder, or two joined by ";" for VCR, in any order.
+
+    `texts`: a text data base's folder (format `UNITER`), or any other file, whose images have the names of `images`.
 
     The widths of features and labels are those stored. DataError if the text data base was made with another
     vocabulary; otherwise as `join.convert`.
@@ -51,9 +54,10 @@ def from_uniter_lmdb(out: str | Path, images: str, texts: str | Path, settings: 
         if len(sources) > 1:  # a record names the file of ground-truth boxes first, as the reference's reader expects
             sources.sort(key=lambda source: "gt" not in source.label)
         detected = len(sources) == 1 and sources[0].holds(_DETECTED)
-        rows = stack.enter_context(contextlib.closing(UniterTexts(Path(texts), settings, detected)))
-        names = ", ".join([*(source.label for source in sources), Path(texts).name])
-        inputs = [*(path for source in sources for path in source.inputs), *rows.inputs]
+        own = UniterTexts(texts.path, settings, detected) if texts.format == UNITER else None
+        rows = stack.enter_context(contextlib.closing(own or texts.open(settings)))
+        names = ", ".join([*(source.label for source in sources), texts.path.name])
+        inputs = [path for source in sources for path in source.inputs] + list(own.inputs if own else texts.inputs)
         return convert(out, sources, rows, settings, f"UNITER data bases {names}", inputs)
 
 
