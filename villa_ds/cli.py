@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_train)
 
-    command = commands.add_parser("evaluate", help="metrics and predictions of a checkpoint on held-out sets")
+    command = commands.add_parser(
+        "evaluate", help="metrics and predictions on held-out sets, also of several checkpoint=... together"
+    )
     _add_recipe(command)
     command.add_argument("--limit", type=positive, default=0, help="micro-batches a task")
     command.set_defaults(run=_evaluate)
@@ -107,12 +109,15 @@ def _train(parsed: argparse.Namespace) -> int:
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
-    from villa_ds.train.predict import evaluate_checkpoint  # noqa: PLC0415
+    from villa_ds.train.predict import evaluate_checkpoint, evaluate_ensemble  # noqa: PLC0415
 
     named = [override for override in parsed.overrides if override.startswith("checkpoint=")]
     recipe = load_recipe(find_recipe(parsed.recipe), [item for item in parsed.overrides if item not in named])
-    checkpoint = Path(named[-1].removeprefix("checkpoint=")) if named else None
-    evaluate_checkpoint(recipe, checkpoint, parsed.limit)
+    checkpoints = [Path(item.removeprefix("checkpoint=")) for item in named]
+    if len(checkpoints) > 1:
+        evaluate_ensemble(recipe, checkpoints, parsed.limit)
+    else:
+        evaluate_checkpoint(recipe, checkpoints[0] if checkpoints else None, parsed.limit)
     return 0
 
 

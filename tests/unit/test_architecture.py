@@ -100,6 +100,7 @@ ORDER = (
     "train.metrics",
     "train.step",
     "train.evaluate",
+    "train.ensemble",
     "train.rundir",
     "train.signals",
     "train.watch",

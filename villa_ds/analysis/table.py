@@ -6,8 +6,7 @@ from pathlib import Path
 
 from villa_ds.errors import ConfigError
 from villa_ds.train.evaluate import MAJORITY
-from villa_ds.train.predict import EVALUATION
-from villa_ds.train.rundir import RESULTS_NAME
+from villa_ds.train.rundir import EVALUATION, RESULTS_NAME
 
 ACCURACIES = ("accuracy", "score")  # what the majority baseline is comparable with
 
@@ -30,7 +29,7 @@ def compare(runs: Sequence[Path]) -> str:
 
 
 def _results(run: Path) -> dict[str, dict[str, float]]:
-    evaluations = sorted((run / EVALUATION).glob("*/metrics.json"))
+    evaluations = sorted((run / EVALUATION).glob("step-*/metrics.json"))
     path = evaluations[-1] if evaluations else run / RESULTS_NAME
     try:
         results: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))

@@ -184,6 +184,19 @@ class Manifest:
         """N."""
         return sum(shard.pairs for shard in self.shards)
 
+    def read_pieces(self) -> tuple[str, ...]:
+        """The word pieces in the order of their ids. DataError if `vocab.txt` is not the set's own."""
+        try:
+            with self.store.open(VOCABULARY_NAME, self.vocabulary.sha256) as file:
+                content = file.read()
+        except OSError as error:
+            raise DataError(f"{self.store.at(VOCABULARY_NAME)}: cannot be read: {error.strerror}") from None
+        if hashlib.sha256(content).hexdigest() != self.vocabulary.sha256:
+            raise DataError(
+                f"{self.store.at(VOCABULARY_NAME)}: not the file that the set was written with; copy it again"
+            )
+        return tuple(content.decode().split("\n")[:-1])
+
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map is a full copy of its array, one in each loader process: map again over there instead.
         return {name: value for name, value in self.__dict__.items() if name != "index"}

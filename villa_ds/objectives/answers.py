@@ -32,6 +32,7 @@ class AnswerScoring(Objective):
 
     head_name = "vqa_output"
     reads = Reads.POOLED
+    averages = "logits"
     mend: str
 
     def __init__(self, vocabulary: Vocabulary, num_answers: int, answers: Sequence[str] = ()) -> None:

@@ -6,6 +6,7 @@ encoded states into a loss. An objective holds settings, never parameters: heads
 
 import abc
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ class Objective(abc.ABC):
     negative_probability: float = 0.0  # share of pairs whose image the plan replaces by another
     candidates: int = 0  # other images, each with a text, that the plan draws for every pair
     screens: bool = False  # whether `screened` decides which rows are trained
+    averages: Literal["probabilities", "logits"] = "probabilities"  # of the head's output, what an ensemble averages
 
     @property
     def row_rule(self) -> RowRule:

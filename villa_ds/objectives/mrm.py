@@ -121,6 +121,7 @@ class MaskedFeatureRegression(_MaskedRegions):
 
     name = "mrfr"
     head_name = "feat_regress"
+    averages = "logits"
 
     def _targets(self, sample: Sample, masked: NDArray[np.int64]) -> NDArray[np.generic]:
         return sample.regions.features[masked]

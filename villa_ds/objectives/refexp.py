@@ -47,6 +47,7 @@ class ReferringExpressions(Objective):
     head_name = "re_output"
     downstream = True
     reads = Reads.SLOTS
+    averages = "logits"
 
     def __init__(self, vocabulary: Vocabulary, settings: RefexpConfig) -> None:
         self.vocabulary = vocabulary

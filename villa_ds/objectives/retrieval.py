@@ -49,6 +49,7 @@ class ImageTextRetrieval(Objective):
     reads = Reads.POOLED
     rows = 3  # one query a pair
     negative_probability = 1.0
+    averages = "logits"
     adaptation = Adaptation(
         copied_rows={f"rank_output.{part}": (f"{ITM_HEAD}.{part}", MATCHED) for part in ("weight", "bias")}
     )

@@ -46,6 +46,7 @@ class VisualCommonsenseReasoning(Objective):
     downstream = True
     reads = Reads.POOLED
     num_classes = CHOICES
+    averages = "logits"
 
     def __init__(self, vocabulary: Vocabulary, settings: VcrConfig) -> None:
         self.vocabulary = vocabulary

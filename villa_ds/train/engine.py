@@ -46,9 +46,14 @@ def build_engine(
         torch.set_num_threads(config.threads)
     if config.name == "deepspeed":
         return DeepSpeedEngine(module, config, optimizer, timeout_s)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or is_task_of_srun():
+    if is_one_of_several():
         raise ConfigError("engine.name: 'torch' runs in one process: use engine.name=deepspeed with several ranks")
     return TorchEngine(module, config, optimizer)
+
+
+def is_one_of_several() -> bool:
+    """Whether a launcher started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or is_task_of_srun()
 
 
 def is_first_rank() -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -97,3 +98,13 @@ class ParameterFiles:
                 raise CheckpointError(
                     f"parameter {name} is {list(shape)} in the checkpoint and {list(expected[name])} in this model"
                 )
+
+
+def load_weights(module: Module, folder: Path) -> ParameterFiles:
+    """Give `module` the weights of a checkpoint, which must be exactly its own; returns the checkpoint's files."""
+    files = ParameterFiles(folder)
+    files.require_fit((name, tuple(value.shape)) for name, value in module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(files.get(WEIGHT, name))
+    return files

@@ -1,8 +1,10 @@
-"""`villa-ds evaluate`: metrics and predictions of a checkpoint on held-out sets."""
+"""`villa-ds evaluate`: metrics and predictions of a checkpoint, or of several together, on held-out sets."""
 
 import dataclasses
+import hashlib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from villa_ds.batch import Batch, LossOutput
@@ -10,13 +12,14 @@ from villa_ds.config import Recipe
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.errors import ConfigError
 from villa_ds.objectives.base import Objective
-from villa_ds.train.checkpoint import read_state, resolve_checkpoint
-from villa_ds.train.engine import build_engine
-from villa_ds.train.evaluate import evaluate
-from villa_ds.train.rundir import start_logging
-from villa_ds.train.session import build_initial_module, open_data, validation_loaders
+from villa_ds.train.checkpoint import MANIFEST, read_state, resolve_checkpoint
+from villa_ds.train.engine import build_engine, is_one_of_several
+from villa_ds.train.ensemble import load_ensemble
+from villa_ds.train.evaluate import Tally, evaluate
+from villa_ds.train.rundir import EVALUATION, start_logging
+from villa_ds.train.session import RunData, build_initial_module, open_data, validation_loaders
 
-EVALUATION = "evaluation"
+Results = dict[str, dict[str, float]]
 log = logging.getLogger("villa_ds")
 
 
@@ -28,34 +31,90 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None, limit: int = 0)
     Runs on the recipe's engine, so also on several ranks.
     """
     folder = resolve_checkpoint(checkpoint or recipe.run_directory)
-    data = open_data(recipe)
-    if not data.validation:
-        raise ConfigError("data.validation: name a held-out set, such as data.validation.NAME=FOLDER")
+    data = _held_out(recipe)
     module = build_initial_module(dataclasses.replace(recipe, initialize=None), data)  # the checkpoint has them all
     engine = build_engine(module, recipe.engine, recipe.optimizer)
     engine.load(folder)
     start_logging(None, verbose=engine.rank == 0)
     plan = BatchPlan(recipe.data.lanes, engine.world)
     out = folder.parent.parent / EVALUATION / f"step-{read_state(folder)['step']:08d}"
-    results: dict[str, dict[str, float]] = {}
+    results: Results = {}
     for task, (objective, loader) in validation_loaders(recipe, data, plan, engine.rank, limit).items():
-        collector = _Collector(objective)
+        collector = Collector(objective)
         results[task] = evaluate(engine, objective, loader, collector)
         rows = [row for share in engine.gather(collector.rows) for row in share]
         if engine.rank == 0:
-            log.info("%s  %s", task, "  ".join(f"{name} {value:.4f}" for name, value in sorted(results[task].items())))
-            if rows:
-                out.mkdir(parents=True, exist_ok=True)
-                lines = "".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: str(row["id"])))
-                (out / f"predictions-{task.replace('/', '-')}.jsonl").write_text(lines, encoding="utf-8")
+            log.info("%s  %s", task, told(results[task]))
+            _write_predictions(out, task, rows)
     if engine.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        log.info("written to %s", out)
+        _write_metrics(out / "metrics.json", results)
     return out
 
 
-class _Collector:
+def evaluate_ensemble(recipe: Recipe, checkpoints: Sequence[Path], limit: int = 0) -> Path:
+    """Evaluate the mean of several checkpoints' answers (see `train.ensemble`), and each of them beside it.
+
+    As `evaluate_checkpoint`, in one process, into `evaluation/ensemble-<hash of the members>/` of the recipe's run
+    directory; `members.json` there has the metrics of each: checkpoint -> task -> metric.
+    """
+    if is_one_of_several():
+        raise ConfigError("checkpoint: an ensemble is evaluated in one process; start it without a launcher")
+    folders = [resolve_checkpoint(path) for path in checkpoints]
+    start_logging(None, verbose=True)
+    digest = hashlib.sha256(b"".join(sorted((folder / MANIFEST).read_bytes() for folder in folders)))
+    if len({(folder / MANIFEST).read_bytes() for folder in folders}) < len(folders):
+        raise ConfigError(f"checkpoint: {', '.join(map(str, folders))}: the same checkpoint twice")
+    data = _held_out(recipe)
+    ensemble = load_ensemble(recipe.model, data.objectives, data.reference, recipe.engine, folders)
+    out = recipe.run_directory / EVALUATION / f"ensemble-{digest.hexdigest()[:8]}"
+    results: Results = {}
+    members: dict[str, Results] = {str(folder): {} for folder in folders}
+    plan = BatchPlan(recipe.data.lanes, 1)
+    for task, (objective, loader) in validation_loaders(recipe, data, plan, 0, limit).items():
+        collector, tallies = Collector(objective), [Tally(objective) for _ in folders]
+
+        def observe(output: LossOutput, batch: Batch, seen: Collector = collector, own: list[Tally] = tallies) -> None:
+            seen(output, batch)
+            for tally, alone in zip(own, ensemble.own, strict=True):
+                tally.add(alone, batch)
+
+        results[task] = evaluate(ensemble, objective, loader, observe)
+        for name, tally in zip(members, tallies, strict=True):
+            members[name][task] = tally.results(ensemble.sum_over_ranks)
+            log.info("%s  %s  %s", task, name, told(members[name][task]))
+        log.info("%s  together  %s", task, told(results[task]))
+        _write_predictions(out, task, collector.rows)
+    _write_metrics(out / "members.json", members)
+    _write_metrics(out / "metrics.json", results)
+    return out
+
+
+def _held_out(recipe: Recipe) -> RunData:
+    data = open_data(recipe)
+    if not data.validation:
+        raise ConfigError("data.validation: name a held-out set, such as data.validation.NAME=FOLDER")
+    return data
+
+
+def told(metrics: Mapping[str, float]) -> str:
+    """Metrics on one line."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
+
+
+def _write_predictions(out: Path, task: str, rows: Sequence[Mapping[str, object]]) -> None:
+    if rows:
+        out.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: str(row["id"])))
+        (out / f"predictions-{task.replace('/', '-')}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _write_metrics(path: Path, metrics: Mapping[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    log.info("written to %s", path.parent)
+
+
+class Collector:
     """Keeps the predictions of one task with their ids."""
 
     def __init__(self, objective: Objective) -> None:
@@ -63,5 +122,6 @@ class _Collector:
         self._objective = objective
 
     def __call__(self, output: LossOutput, batch: Batch) -> None:
+        """Keep what is predicted for a batch."""
         predictions = self._objective.predictions(output, batch)
         self.rows += [{"id": name, **row} for name, row in zip(batch.ids, predictions, strict=bool(predictions))]

@@ -22,6 +22,7 @@ from villa_ds.train.checkpoint import FOLDER
 from villa_ds.train.metrics import METRICS_NAME
 
 RECIPE_NAME, LOG_NAME, RESULTS_NAME, LOCK_NAME = "config.yaml", "log.txt", "results.json", "lock"
+EVALUATION = "evaluation"  # a folder for what `villa-ds evaluate` writes
 
 # Dotted keys that may differ when a run goes on: where and how it runs, not what it computes.
 FREE_KEYS = (
@@ -80,7 +81,12 @@ def refuse_changes(directory: Path, recipe: Recipe, allow_change: Iterable[str])
     """Raise with the differences if `directory` holds the run of a recipe that computes something else."""
     path = directory / RECIPE_NAME
     if not path.exists():
-        own = {_unfinished(path).name, LOG_NAME, LOCK_NAME}  # of a start that got no further
+        own = {
+            _unfinished(path).name,
+            LOG_NAME,
+            LOCK_NAME,
+            EVALUATION,
+        }  # not of a run, or of a start that got no further
         if directory.exists() and any(item.name not in own for item in directory.iterdir()):
             raise CheckpointError(f"{directory}: not empty and no run of ours; give another `output`")
         return

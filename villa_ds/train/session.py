@@ -38,6 +38,12 @@ class RunData:
     sets: Mapping[str, Manifest]
     validation: Mapping[str, Manifest]
     objectives: Sequence[Objective]
+    pieces: Sequence[str]  # the vocabulary in the order of its ids
+
+    def inputs(self) -> dict[str, Any]:
+        """What new images and texts must be made like to be understood by the model: JSON, kept in checkpoints."""
+        sets = {name: {"extractor": each.extractor, "answers": each.answers} for name, each in self.sets.items()}
+        return {"pieces": self.pieces, "sets": sets}
 
     @property
     def reference(self) -> Manifest:
@@ -63,7 +69,7 @@ def open_data(recipe: Recipe) -> RunData:
         sharing = [sets[task.data] for task in recipe.tasks if task.objective == name]
         _require_equal("answer list", sharing, [manifest.answers for manifest in sharing])
     objectives = [build_objective(task.objective, recipe.objectives, sets[task.data]) for task in recipe.tasks]
-    return RunData(sets, validation, objectives)
+    return RunData(sets, validation, objectives, everything[0].read_pieces())
 
 
 def _require_equal(
@@ -176,6 +182,7 @@ def run_state(recipe: Recipe, data: RunData, plan: BatchPlan, step: int, positio
         "batch_plan": plan.to_dict(),
         "recipe": to_mapping(recipe),
         "data": {name: manifest.fingerprint for name, manifest in data.sets.items()},
+        "inputs": data.inputs(),
         "versions": versions,
     }
 

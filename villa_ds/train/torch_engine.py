@@ -17,7 +17,7 @@ from villa_ds.config import EngineConfig, OptimizerConfig
 from villa_ds.errors import ConfigError, NonFiniteError, VillaError
 from villa_ds.train.module import TrainModule
 from villa_ds.train.optim import build_optimizer, clip_gradients, parameter_groups, set_learning_rate
-from villa_ds.train.parameters import MOMENTS, WEIGHT, ParameterFiles, Writer, snapshot_parameters
+from villa_ds.train.parameters import MOMENTS, WEIGHT, Writer, load_weights, snapshot_parameters
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -165,14 +165,11 @@ class TorchEngine:
 
     def load(self, folder: Path) -> None:
         """Restore weights and moments, whatever engine wrote them."""
-        files = ParameterFiles(folder)
-        files.require_fit((name, tuple(value.shape)) for name, value in self.module.named_parameters())
+        files = load_weights(self.module, folder)
         self._updates = files.updates
-        with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                parameter.copy_(files.get(WEIGHT, name))
-                state = {kind: files.get(kind, name).to(parameter) for kind in MOMENTS}
-                self._optimizer.state[parameter] = {"step": step_count(self._optimizer, self._updates), **state}
+        for name, parameter in self.module.named_parameters():
+            state = {kind: files.get(kind, name).to(parameter) for kind in MOMENTS}
+            self._optimizer.state[parameter] = {"step": step_count(self._optimizer, self._updates), **state}
 
     def _get(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
         if kind == WEIGHT:
