@@ -10,14 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    Actions = argparse._SubParsersAction[argparse.ArgumentParser]
     from villa_ds.data.convert.account import Account
     from villa_ds.data.convert.settings import Settings
     from villa_ds.data.convert.texts import TextsFile
+    from villa_ds.data.manifest import Manifest
+    from villa_ds.data.regroup import Layout
 
 
 def add_shards(command: argparse.ArgumentParser) -> None:
     """The parsers of `villa-ds shards ...`; each sets `run`, which returns the exit code."""
     actions = command.add_subparsers(required=True, metavar="ACTION")
+    _add_conversions(actions)
+    _add_tools(actions)
+
+
+def _add_conversions(actions: "Actions") -> None:
     action = actions.add_parser("demo", help="shards from the 5,000 real images of the PyPI package easy-vqa")
     action.add_argument("out", type=Path)
     action.add_argument("--images", type=positive, default=None, help="take this many training images only")
@@ -57,23 +65,9 @@ def add_shards(command: argparse.ArgumentParser) -> None:
     action.add_argument("second")
     _add_same_images(action)
     action.set_defaults(run=_overlap)
-    _add_checks(actions)
 
 
-def _add_checks(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    action = actions.add_parser("verify", help="check structure, checksums, shapes and values of a shard set")
-    action.add_argument("location", metavar="SET", help="a folder, a URL prefix or a pipe: command")
-    extent = action.add_mutually_exclusive_group()
-    extent.add_argument("--sample", type=positive, default=None, metavar="N", help="a quick look: read N groups only")
-    extent.add_argument("--processes", type=positive, default=None, help="that read; default: one a CPU")
-    action.add_argument("--seed", type=int, default=0, help="which groups --sample draws")
-    action.set_defaults(run=_verify)
-    action = actions.add_parser("stat", help="counts, lengths, vocabulary and label statistics of a shard set")
-    action.add_argument("location", metavar="SET", help="a folder, a URL prefix or a pipe: command")
-    action.set_defaults(run=_stat)
-
-
-def _add_pictures(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_pictures(actions: "Actions") -> None:
     action = actions.add_parser("from-images", help="shards from a folder of pictures and texts")
     action.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="PNG and JPEG files, at any depth")
     _add_texts(action, "jsonl")
@@ -175,6 +169,59 @@ def _classes(text: str) -> int:
     if value < 2:
         raise argparse.ArgumentTypeError(f"{text} is not 2 or more: background and something")
     return value
+
+
+def _add_tools(actions: "Actions") -> None:
+    action = actions.add_parser("verify", help="check structure, checksums, shapes and values of a shard set")
+    action.add_argument("location", metavar="SET", help="a folder, a URL prefix or a pipe: command")
+    extent = action.add_mutually_exclusive_group()
+    extent.add_argument("--sample", type=positive, default=None, metavar="N", help="a quick look: read N groups only")
+    extent.add_argument("--processes", type=positive, default=None, help="that read; default: one a CPU")
+    action.add_argument("--seed", type=int, default=0, help="which groups --sample draws")
+    action.set_defaults(run=_verify)
+    action = actions.add_parser("rebuild-manifest", help="index arrays and a manifest for tars that have none")
+    action.add_argument("folder", type=Path)
+    action.add_argument("--vocabulary", type=Path, metavar="vocab.txt", help="default: FOLDER/vocab.txt")
+    action.add_argument("--answers", type=Path, metavar="JSON", help="the answer list of question answering")
+    action.add_argument("--detector-classes", type=positive, default=0, help="for labels in top-k form")
+    action.add_argument("--extractor", default="unknown", help="what computed the features, with its version")
+    action.add_argument("--source", default="unknown", help="the data in words")
+    action.add_argument("--processes", type=positive, default=None, help="that read; default: one a CPU")
+    action.set_defaults(run=_rebuild_manifest)
+    action = actions.add_parser("stat", help="counts, lengths, vocabulary and label statistics of a shard set")
+    action.add_argument("location", metavar="SET", help="a folder, a URL prefix or a pipe: command")
+    action.set_defaults(run=_stat)
+    for name, text in (
+        ("merge", "several sets of one kind as one"),
+        ("split", "a set as several parts that share no image"),
+        ("reshard", "a set in larger, smaller or shuffled shards"),
+    ):
+        action = actions.add_parser(name, help=text)
+        if name == "merge":
+            action.add_argument("locations", nargs="+", metavar="SET")
+            action.add_argument(
+                "--prefix",
+                action="append",
+                default=[],
+                metavar="TEXT",
+                help="before a set's keys and text ids, where several have the same; once for each set, '' for none",
+            )
+        else:
+            action.add_argument("location", metavar="SET", help="a folder, a URL prefix or a pipe: command")
+        action.add_argument("out", type=Path)
+        extent = action.add_mutually_exclusive_group(required=name == "reshard")
+        extent.add_argument("--shard-bytes", type=positive, metavar="N", help="a shard's bytes at most; default: 1 GiB")
+        extent.add_argument("--groups-per-shard", type=positive, metavar="N")
+        extent.add_argument("--shards", type=positive, metavar="N", help="so many, equal in groups")
+        if name == "split":
+            chosen = action.add_mutually_exclusive_group(required=True)
+            chosen.add_argument("--parts", metavar="NAME=SHARE,...", help="such as train=0.9,validation=0.1")
+            chosen.add_argument("--list", type=Path, metavar="FILE", help="lines of image name, tab, part")
+            action.add_argument("--by", choices=("image",), default="image", help="what is in one part only")
+            action.add_argument("--seed", type=int, default=0, help="with --parts: another one, another split")
+        if name == "reshard":
+            action.add_argument("--shuffle", type=int, metavar="SEED", help="mix the groups")
+        action.set_defaults(run={"merge": _merge, "split": _split, "reshard": _reshard}[name])
 
 
 def positive(text: str) -> int:
@@ -322,6 +369,65 @@ def _verify(parsed: argparse.Namespace) -> int:
     print(report)
     report.check()
     return 0
+
+
+def _rebuild_manifest(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.convert.settings import read_answers  # noqa: PLC0415
+    from villa_ds.data.manifest import VOCABULARY_NAME  # noqa: PLC0415
+    from villa_ds.data.rebuild import NoSetError, rebuild_manifest  # noqa: PLC0415
+    from villa_ds.data.wordpiece import WordPieces  # noqa: PLC0415
+
+    try:
+        manifest = rebuild_manifest(
+            parsed.folder,
+            WordPieces.load(parsed.vocabulary or parsed.folder / VOCABULARY_NAME).pieces,
+            answers=() if parsed.answers is None else read_answers(parsed.answers),
+            detector_classes=parsed.detector_classes,
+            extractor=parsed.extractor,
+            source=parsed.source,
+            command=parsed.command_line,
+            processes=parsed.processes,
+        )
+    except NoSetError as error:
+        print(error.listing)
+        raise
+    print(f"{parsed.folder}: {_size(manifest)}")
+    return 0
+
+
+def _size(manifest: "Manifest") -> str:
+    return f"{manifest.num_pairs} pairs, {manifest.num_groups} groups, {len(manifest.shards)} shards"
+
+
+def _merge(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.regroup import merge  # noqa: PLC0415
+
+    manifest = merge(parsed.locations, parsed.out, _layout(parsed), parsed.command_line, parsed.prefix)
+    print(f"{parsed.out}: {_size(manifest)}")
+    return 0
+
+
+def _split(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.regroup import parse_shares, read_parts, split  # noqa: PLC0415
+
+    parts = parse_shares(parsed.parts, parsed.seed) if parsed.parts is not None else read_parts(parsed.list)
+    for name, manifest in split(parsed.location, parsed.out, parts, _layout(parsed), parsed.command_line).items():
+        print(f"{parsed.out / name}: {_size(manifest)}")
+    return 0
+
+
+def _reshard(parsed: argparse.Namespace) -> int:
+    from villa_ds.data.regroup import reshard  # noqa: PLC0415
+
+    manifest = reshard(parsed.location, parsed.out, _layout(parsed), parsed.command_line, parsed.shuffle)
+    print(f"{parsed.out}: {_size(manifest)}")
+    return 0
+
+
+def _layout(parsed: argparse.Namespace) -> "Layout":
+    from villa_ds.data.regroup import Layout  # noqa: PLC0415
+
+    return Layout(parsed.shard_bytes, parsed.groups_per_shard, parsed.shards)
 
 
 def _stat(parsed: argparse.Namespace) -> int:

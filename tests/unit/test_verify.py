@@ -254,6 +254,7 @@ def test_a_tar_that_is_no_plain_row_of_files(folder):
     assert "not a readable tar after 0 groups" in with_member(tarfile.REGTYPE, 1 << 80)
 
 
+@pytest.mark.slow
 def test_processes_find_the_same(folder):
     rewrite(folder, changed_array("features", lambda a: put(a, (0, 0), np.inf), "g00000"))
     rewrite(folder, lambda name, content: [(name.replace("g00004.", "g00001."), content)], "shard-000001.tar")

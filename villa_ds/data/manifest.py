@@ -53,7 +53,7 @@ INDEX_DTYPES: dict[str, str] = {
 }
 FURTHER_DTYPES: dict[str, str] = {"group_largest": "int32", "pair_answer": "int32", "pair_rationale": "int32"}
 SPECIAL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
+SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MEND = "the manifest was edited or written by other software; write the set again with `villa-ds shards`"
 
@@ -256,7 +256,7 @@ def _parse_shards(fields: "_Fields") -> tuple[Shard, ...]:
     for item in fields.children("shards"):
         item.only(*(field.name for field in dataclasses.fields(Shard)))
         name = item.text("name")
-        if not _SHARD_NAME.fullmatch(name):
+        if not SHARD_NAME.fullmatch(name):
             item.fail("name", "a plain file name that ends in .tar")
         counts = {key: item.count(key, 1) for key in ("bytes", "groups", "pairs")}
         shards.append(Shard(name=name, sha256=item.sha256("sha256"), **counts))

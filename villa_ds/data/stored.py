@@ -1,6 +1,7 @@
 """Groups as they lie in a tar, whole or one at an offset, and what is wrong with one."""
 
 import contextlib
+import hashlib
 import json
 import os
 import tarfile
@@ -20,9 +21,12 @@ from villa_ds.data.contract import (
     target_problems,
     text_problems,
 )
-from villa_ds.data.manifest import Manifest
+from villa_ds.data.manifest import VOCABULARY_NAME, Manifest
 from villa_ds.data.writer import EncodedGroup
+from villa_ds.errors import DamageError
 
+_BLOCK = 1 << 20  # bytes hashed at a time
+_LITTLE = 1 << 28  # bytes that one process has read before others have started
 _MEMBER_DTYPES = {"features.npy": "float16", "boxes.npy": "float32"}
 _LABEL_DTYPES = {"dense": "float16", "topk": "float32"}
 
@@ -78,6 +82,22 @@ def group_at(stream: BinaryIO, offset: int) -> StoredGroup | None:
     """The group that begins at byte `offset` of a tar; None at the tar's end. Errors as of `walk`."""
     stream.seek(offset)
     return next(_groups(stream), None)
+
+
+def member_at(stream: BinaryIO, offset: int, wanted: str) -> bytes:
+    """The member with this extension of the group at byte `offset`, without reading the others. KeyError without it."""
+    stream.seek(offset)
+    group = None
+    with tarfile.TarFile(fileobj=stream) as archive:
+        for member in archive:
+            key, _, extension = member.name.partition(".")
+            group = group or key
+            if key != group:
+                break
+            if extension == wanted:
+                content = archive.extractfile(member)
+                return b"" if content is None else content.read()
+    raise KeyError(wanted)
 
 
 def _groups(stream: BinaryIO) -> Iterator[StoredGroup]:
@@ -189,3 +209,29 @@ def _record_problem(record: Any) -> str | None:
         if not all(type(piece) is int for piece in text["word_pieces"]):
             return f"texts.{place}.word_pieces holds something else than integers"
     return None
+
+
+def pieces_of(manifest: Manifest) -> list[str]:
+    """The word pieces of a set's `vocab.txt` by id. DamageError if they are not those of the manifest."""
+    store, vocabulary = manifest.store, manifest.vocabulary
+    try:
+        with store.open(VOCABULARY_NAME, vocabulary.sha256) as file:
+            content = file.read()
+    except (OSError, DamageError) as error:
+        raise DamageError(f"{store.at(VOCABULARY_NAME)}: cannot be read: {error}; copy it again") from None
+    if hashlib.sha256(content).hexdigest() != vocabulary.sha256:
+        raise DamageError(f"{store.at(VOCABULARY_NAME)}: another checksum than the manifest says; copy it again")
+    return content.decode().split("\n")[:-1]
+
+
+def readers(size: int, processes: int | None) -> int | None:
+    """How many processes read `size` bytes of tar: as many as were asked for, one for little, else None (one a CPU)."""
+    return 1 if processes is None and size < _LITTLE else processes
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Hexadecimal digest of an open file, from where it is."""
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+    return digest.hexdigest()

@@ -6,7 +6,6 @@ allow), because the mends differ: copy again, or convert again.
 
 import contextlib
 import functools
-import hashlib
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,13 +22,11 @@ from villa_ds.data.processes import in_order
 from villa_ds.data.progress import with_progress
 from villa_ds.data.sizes import RecordSizes, record_sizes
 from villa_ds.data.store import Store
-from villa_ds.data.stored import Form, decode, group_at, walk
+from villa_ds.data.stored import Form, decode, group_at, readers, sha256_of, walk
 from villa_ds.errors import DamageError, DataError
 from villa_ds.rng import numbered_words
 
-_BLOCK = 1 << 20  # bytes hashed at a time
 _TAR_BLOCK = 512
-_SMALL = 1 << 28  # bytes read by one process sooner than others have started
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +82,7 @@ def verify(location: str | Path, processes: int | None = 1) -> Report:
     manifest = load_manifest(location)
     problems = _beside_the_shards(manifest)
     check = functools.partial(_whole_shard, manifest, not problems)
-    if processes is None and sum(shard.bytes for shard in manifest.shards) < _SMALL:
-        processes = 1
+    processes = readers(sum(shard.bytes for shard in manifest.shards), processes)
     shards = range(len(manifest.shards))
     keys: set[str] = set()
     for number, (found, own) in zip(
@@ -315,11 +311,11 @@ def _checked(
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(store.open(name, sha256, size))
-            digest = _sha256(file)
+            digest = sha256_of(file)
             other = None if digest == sha256 else store.renew(name, sha256, size)
             if other is not None:
                 file = stack.enter_context(other)
-                digest = _sha256(file)
+                digest = sha256_of(file)
             file.seek(0)
         except DamageError as error:
             yield None, str(error)
@@ -327,14 +323,6 @@ def _checked(
             yield None, "missing or unreadable"
         else:
             yield file, None if digest == sha256 else _mismatch(digest, sha256, file, size)
-
-
-def _sha256(file: BinaryIO) -> str:
-    """Hexadecimal digest of an open file."""
-    digest = hashlib.sha256()
-    while block := file.read(_BLOCK):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _mismatch(digest: str, expected: str, file: BinaryIO, size: int | None) -> str:

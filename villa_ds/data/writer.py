@@ -213,14 +213,17 @@ class ShardWriter:
         """Append a group that has been checked; DataError if its key or the id of a text is in the set already."""
         if group.key in self._keys:
             raise DataError(f"group {group.key!r}: the key is already in the set")
-        try:
-            self._index.check(group.texts)
-        except DataError as error:
-            raise DataError(f"group {group.key!r}: {error}") from None
+        problem = self._index.taken(group.texts)
+        if problem:
+            raise DataError(f"group {group.key!r}: {problem}")
         shard = self._shard_for(_tar_size(group.members))
         record = shard.add(group)
         self._index.add(len(self._shards), record)
         self._keys.add(group.key)
+
+    def end_shard(self) -> None:
+        """The next group begins a new shard."""
+        self._finish_shard()
 
     def _shard_for(self, size: int) -> "_OpenShard":
         """The shard that takes the next group, which takes `size` bytes of tar."""
@@ -250,14 +253,15 @@ class IndexBuilder:
         self._pair_group, self._pair_slot, self._pair_length = array("q"), array("i"), array("i")
         self._group_largest, self._pair_answer, self._pair_rationale = array("i"), array("i"), array("i")
 
-    def check(self, texts: Sequence[tuple[str, int]]) -> None:
-        """DataError if one of these ids is taken, by another group or within `texts`."""
+    def taken(self, texts: Sequence[tuple[str, int]]) -> str | None:
+        """What is wrong if one of these ids is taken, by another group or within `texts`."""
         seen: set[bytes] = set()
         for identifier, _ in texts:
             encoded = identifier.encode()
             if encoded in self._ids or encoded in seen:
-                raise DataError(f"text id {identifier!r} is already in the set")
+                return f"text id {identifier!r} is already in the set"
             seen.add(encoded)
+        return None
 
     def add(self, shard: int, group: GroupRecord) -> None:
         """Append a group of the shard of this number."""
