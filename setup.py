@@ -67,6 +67,7 @@ setup(
         "images": ["scikit-image>=0.20", "scipy>=1.10"],
         "parquet": ["pyarrow>=15"],
         "demo": ["easy-vqa>=1.0", "scikit-image>=0.20", "scipy>=1.10"],
+        "plots": ["matplotlib>=3.7"],
         "dev": ["hypothesis>=6", "mypy>=1.8", "pytest>=8", "pytest-xdist>=3", "ruff>=0.8", "types-PyYAML"],
     },
 )

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import json
 import shlex
 import signal
 import sys
@@ -190,6 +191,9 @@ def _add_tools(actions: "Actions") -> None:
     action.set_defaults(run=_rebuild_manifest)
     action = actions.add_parser("stat", help="counts, lengths, vocabulary and label statistics of a shard set")
     action.add_argument("location", metavar="SET", help="a folder, a URL prefix or a pipe: command")
+    action.add_argument("--plots", type=Path, metavar="DIR", help="draw the distributions as PNG pictures")
+    action.add_argument("--json", action="store_true", help="print all figures as JSON instead of a table")
+    action.add_argument("--groups", type=positive, default=1000, help="read for word pieces and labels; evenly spaced")
     action.set_defaults(run=_stat)
     for name, text in (
         ("merge", "several sets of one kind as one"),
@@ -433,5 +437,11 @@ def _layout(parsed: argparse.Namespace) -> "Layout":
 def _stat(parsed: argparse.Namespace) -> int:
     from villa_ds.data.statistics import stat  # noqa: PLC0415
 
-    print(stat(parsed.location))
+    found = stat(parsed.location, parsed.groups)
+    print(json.dumps(found.as_json()) if parsed.json else found)
+    if parsed.plots is not None:
+        from villa_ds.data.charts import draw  # noqa: PLC0415
+
+        for path in draw(found, parsed.plots):
+            print(path, file=sys.stderr)
     return 0

@@ -13,7 +13,6 @@ from tests.shards import make_shards
 from villa_ds.data import npy
 from villa_ds.data.contract import target_problems
 from villa_ds.data.manifest import fingerprint_of
-from villa_ds.data.statistics import stat
 from villa_ds.data.verify import draw_groups, verify, verify_sample
 from villa_ds.errors import DamageError, DataError
 
@@ -381,37 +380,6 @@ def test_stray_tars_and_a_wrong_vocabulary_are_violations(folder):
     assert "the manifest says Vocabulary(size=64" in report.problems[0].text
     with pytest.raises(DataError, match=r"vocab\.txt"):
         report.check()
-
-
-def test_statistics(tmp_path):
-    manifest = make_shards(tmp_path / "set", groups=40, shards=4, texts_per_group=2)
-    found = stat(tmp_path / "set")
-    lengths, regions = manifest.index["pair_length"], manifest.index["group_regions"]
-    assert found.percentiles["word pieces a text"] == (
-        *np.percentile(lengths, (0, 5, 50, 95, 99, 100), method="nearest"),
-        lengths.mean(),
-    )
-    assert found.percentiles["regions a group"][-1] == regions.mean()
-    assert found.sampled == 40
-    pieces, labels = [], []
-    for shard in manifest.shards:
-        with tarfile.open(tmp_path / "set" / shard.name) as archive:
-            for member in archive:
-                content = archive.extractfile(member).read()
-                if member.name.endswith("json"):
-                    pieces += [piece for text in json.loads(content)["texts"] for piece in text["word_pieces"]]
-                elif member.name.endswith("labels.npy"):
-                    labels.append(np.load(io.BytesIO(content)).astype(np.float64))
-    rows = np.concatenate(labels)
-    assert found.used_pieces == len(set(pieces))
-    assert found.unknown == 0
-    assert found.label_entropy == pytest.approx(-(rows * np.log(np.maximum(rows, 1e-12))).sum(axis=1).mean())
-    assert found.background == pytest.approx(rows[:, 0].mean())
-    table = str(found)
-    assert f"pairs {manifest.num_pairs}, groups 40, shards 4" in table
-    assert manifest.fingerprint in table
-    make_shards(tmp_path / "bare", groups=3, shards=1, classes=0)
-    assert "labels   " not in str(stat(tmp_path / "bare"))
 
 
 @pytest.mark.parametrize("name", ["group_largest", "pair_answer", "pair_rationale"])
