@@ -83,6 +83,9 @@ class Example:
     read_regions: NDArray[np.int64] | None = None  # indices of regions that the head reads
     targets: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
     further_rows: tuple["Example", ...] = ()
+    notes: Mapping[str, object] = field(
+        default_factory=dict
+    )  # what evaluation wants to know of the sample: JSON values
 
     @property
     def rows(self) -> tuple["Example", ...]:
@@ -117,6 +120,7 @@ class Batch:
     read_slots: Tensor | None = None  # [B, Q] int64, padded with 0; only with Reads.SLOTS
     read_packed: Tensor | None = None  # [M] int64, flat indices b * Q + q of the real ones, row-major
     targets: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[Mapping[str, object], ...] = ()  # of each sample
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])

@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_recipe(command)
     command.add_argument("--limit", type=positive, default=0, help="micro-batches a task")
+    command.add_argument(
+        "--initial", action="store_true", help="the model before its first step, as initialize= makes it (zero-shot)"
+    )
     command.set_defaults(run=_evaluate)
 
     command = commands.add_parser("export", help="the weights of a checkpoint as one file")
@@ -117,7 +120,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     if len(checkpoints) > 1:
         evaluate_ensemble(recipe, checkpoints, parsed.limit)
     else:
-        evaluate_checkpoint(recipe, checkpoints[0] if checkpoints else None, parsed.limit)
+        evaluate_checkpoint(recipe, checkpoints[0] if checkpoints else None, parsed.limit, initial=parsed.initial)
     return 0
 
 

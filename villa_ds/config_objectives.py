@@ -52,7 +52,7 @@ class ItmConfig:
 
 @dataclass(frozen=True)
 class VqaConfig:
-    """Visual question answering over a fixed answer list."""
+    """Question answering over a fixed answer list."""
 
     num_answers: int | None = None  # None: the size of the training set's answer list
 
@@ -66,9 +66,15 @@ class VcrConfig:
 
     questions: Literal["both", "qa", "qar"] = "both"  # the answer, the rationale given the right answer, or both
     new_words: int = 81  # word pieces at the vocabulary's end that pre-trained weights lack: person tags
+    # held-out rationales follow the right answer (4 rows), or every answer in turn (16), as a test split needs
+    held_out_rationales: Literal["right_answer", "every_answer"] = "right_answer"
 
     def __post_init__(self) -> None:
         require(self.new_words >= 0, "new_words", self.new_words, "give 0 or more")
+        asked = self.held_out_rationales
+        require(
+            asked == "right_answer" or self.questions == "both", "held_out_rationales", asked, "it needs questions both"
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ class ObjectivesConfig:
     mrm: RegionMaskingConfig = RegionMaskingConfig()
     itm: ItmConfig = ItmConfig()
     vqa: VqaConfig = VqaConfig()
+    gqa: VqaConfig = VqaConfig()
     vcr: VcrConfig = VcrConfig()
     nlvr2: Nlvr2Config = Nlvr2Config()
     refexp: RefexpConfig = RefexpConfig()

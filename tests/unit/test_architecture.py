@@ -91,6 +91,7 @@ ORDER = (
     "objectives.ot",
     "objectives.heads",
     "objectives.pairs",
+    "objectives.submissions",
     "objectives.answers",
     "objectives.*",
     "objectives.__init__",  # imports the objectives, which register themselves
@@ -105,6 +106,7 @@ ORDER = (
     "train.step",
     "train.evaluate",
     "train.ensemble",
+    "train.gallery",
     "train.rundir",
     "train.signals",
     "train.watch",

@@ -43,6 +43,7 @@ def collate(examples: Sequence[Example], reads: Reads) -> Batch:
         read_slots=read_slots,
         read_packed=read_packed,
         targets=_pack_targets([example.targets for example in examples]),
+        notes=tuple(example.notes for example in examples),
     )
 
 

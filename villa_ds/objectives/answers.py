@@ -16,7 +16,7 @@ from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
 from villa_ds.data.manifest import Vocabulary
 from villa_ds.errors import ConfigError, DataError
 from villa_ds.models.backbone import Backbone
-from villa_ds.objectives.base import Objective
+from villa_ds.objectives.base import UNLABELLED, Objective
 from villa_ds.objectives.heads import two_layer_head
 from villa_ds.objectives.inputs import plain_example
 from villa_ds.objectives.reductions import total, widen
@@ -43,7 +43,9 @@ class AnswerScoring(Objective):
     def prepare(self, sample: Sample, stream: Stream) -> Example:
         """The text with its image; draws nothing from `stream`. A target out of range is a `DataError`."""
         example = plain_example(sample, sample.regions, self.vocabulary)
-        return dataclasses.replace(example, targets={"scores": self._scores(sample)})
+        hidden = self.evaluates and "labels" not in sample.target
+        notes = {UNLABELLED: True} if hidden else {}
+        return dataclasses.replace(example, targets={"scores": self._scores(sample)}, notes=notes)
 
     def _scores(self, sample: Sample) -> NDArray[np.float32]:
         """[1, A]; a text without a known answer has all zeros."""

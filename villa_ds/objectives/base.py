@@ -5,8 +5,9 @@ encoded states into a loss. An objective holds settings, never parameters: heads
 """
 
 import abc
-from collections.abc import Callable, Mapping
-from typing import Literal
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from villa_ds.models.weights import Adaptation
 from villa_ds.rng import Stream
 
 Sums = Mapping[str, tuple[Tensor, Tensor]]
+Rows = Sequence[Mapping[str, Any]]  # predictions: what `Objective.predictions` says of each sample, and its `id`
+UNLABELLED = "unlabelled"  # the note of a sample without a right answer
 
 
 class Objective(abc.ABC):
@@ -36,6 +39,7 @@ class Objective(abc.ABC):
     adaptation: Adaptation = Adaptation()  # how pre-trained weights are made to fit
     negative_probability: float = 0.0  # share of pairs whose image the plan replaces by another
     candidates: int = 0  # other images, each with a text, that the plan draws for every pair
+    evaluates: bool = False  # a copy for held-out sets, see `held_out`
     screens: bool = False  # whether `screened` decides which rows are trained
     averages: Literal["probabilities", "logits"] = "probabilities"  # of the head's output, what an ensemble averages
 
@@ -69,8 +73,14 @@ class Objective(abc.ABC):
         return batch
 
     def held_out(self) -> "Objective":
-        """The objective as held-out sets are evaluated with it; `loss` takes the batches of both."""
-        return self
+        """The objective as held-out sets are evaluated with it; `loss` takes the batches of both.
+
+        By default a copy that `evaluates`: where training refuses a sample without a right answer (of a test split), it
+        takes it and notes `UNLABELLED`, so that it is predicted but enters no mean.
+        """
+        twin = copy.copy(self)
+        twin.evaluates = True
+        return twin
 
     def divergence(self, logits: Tensor, other: Tensor) -> Tensor:
         """Symmetric Kullback-Leibler divergence: summed over classes, mean over the other axes. Scalar.
@@ -86,6 +96,14 @@ class Objective(abc.ABC):
     def predictions(self, output: LossOutput, batch: Batch) -> list[dict[str, object]]:
         """What is predicted for each sample of the batch, as JSON values; evaluation adds its id. Default: none."""
         return []
+
+    def summary(self, rows: Rows) -> Mapping[str, float]:
+        """Metrics that need the predictions of a whole set, such as accuracy by question type. Default: none."""
+        return {}
+
+    def submission(self, rows: Rows) -> tuple[str, str] | None:
+        """(suffix, content) of the file that the task's evaluation server takes; None (the default) without one."""
+        return None
 
     def class_targets(self, batch: Batch) -> Tensor | None:
         """[M] int64, the class that is right for each item of the batch, below `num_classes`.

@@ -18,7 +18,7 @@ from villa_ds.errors import DataError
 from villa_ds.models.backbone import Backbone
 from villa_ds.models.layers import initialize
 from villa_ds.models.weights import Adaptation
-from villa_ds.objectives.base import Objective, Sums, register, require_types
+from villa_ds.objectives.base import UNLABELLED, Objective, Rows, Sums, register, require_types
 from villa_ds.objectives.inputs import image_regions, plain_example
 from villa_ds.objectives.pairs import PairedAttentionHead
 from villa_ds.objectives.reductions import total, widen
@@ -26,6 +26,7 @@ from villa_ds.rng import Stream
 
 LEFT_TYPE, RIGHT_TYPE = 1, 2  # rows of the token type table
 CLASSES = 2  # false, true
+NO_LABEL = -1
 
 
 class TwoImageReasoning(Objective):
@@ -58,20 +59,24 @@ class TwoImageReasoning(Objective):
         `DataError` without exactly two images, or a label that is neither 0 nor 1.
         """
         label, count = sample.target.get("label"), len(sample.regions.images)
-        if label not in (0, 1):
+        hidden = self.evaluates and label is None
+        if label not in (0, 1) and not hidden:
             raise DataError(f"sample {sample.id!r}: label {label!r} is neither 0 (false) nor 1 (true)")
         if count != 2:
             raise DataError(f"sample {sample.id!r}: {count} images, expected a left and a right one")
         left, right = (self._row(sample, place, type_) for place, type_ in enumerate((LEFT_TYPE, RIGHT_TYPE)))
-        targets = {"label": np.array([label], dtype=np.int64)}
+        left = dataclasses.replace(
+            left,
+            targets={"label": np.array([NO_LABEL if hidden else label], dtype=np.int64)},
+            notes={UNLABELLED: True} if hidden else {},
+        )
         if self.form != "triplet":
-            return dataclasses.replace(left, targets=targets, further_rows=(right,))
+            return dataclasses.replace(left, further_rows=(right,))
         return dataclasses.replace(
             left,
             features=np.concatenate([left.features, right.features]),
             boxes=np.concatenate([left.boxes, right.boxes]),
             region_types=np.concatenate([left.region_types, right.region_types]),
-            targets=targets,
         )
 
     def _row(self, sample: Sample, place: int, type_: int) -> Example:
@@ -90,7 +95,7 @@ class TwoImageReasoning(Objective):
     def loss(self, head: nn.Module, encoded: Encoded, batch: Batch) -> LossOutput:
         """`logits` [P, 2], `elements` [P]."""
         logits = self._logits(head, encoded, batch)
-        elements = F.cross_entropy(widen(logits), batch.targets["label"], reduction="none")
+        elements = F.cross_entropy(widen(logits), batch.targets["label"], reduction="none", ignore_index=NO_LABEL)
         return LossOutput(elements.mean(), logits, elements, {"loss": total(elements)})
 
     def _logits(self, head: nn.Module, encoded: Encoded, batch: Batch) -> Tensor:
@@ -118,7 +123,11 @@ class TwoImageReasoning(Objective):
 
     def class_targets(self, batch: Batch) -> Tensor:
         """False or true [P]."""
-        return batch.targets["label"]
+        return batch.targets["label"].clamp(min=0)
+
+    def submission(self, rows: Rows) -> tuple[str, str]:
+        """Lines of identifier and True or False, as the data set's own evaluation reads them."""
+        return ".csv", "".join(f"{row['id']},{row['answer']}\n" for row in rows)
 
 
 @register("nlvr2")

@@ -1,6 +1,7 @@
 """Visual commonsense reasoning (Zellers et al., CVPR 2019): choosing answers and rationales, in UNITER's form.
 
-Shape legend: B rows, S samples, Q questions a sample (1 or 2), 4 choices a question; B = S * Q * 4.
+Shape legend: B rows, S samples, Q questions a sample (1 or 2), 4 choices a question; B = S * Q * 4, or S * 20 where
+held-out rationales follow every answer in turn.
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -19,15 +21,17 @@ from villa_ds.data.sizes import IntArray, PairSizes
 from villa_ds.errors import DataError
 from villa_ds.models.backbone import Backbone
 from villa_ds.models.weights import Adaptation
-from villa_ds.objectives.base import Objective, Sums, register, require_types, symmetric_kl
+from villa_ds.objectives.base import UNLABELLED, Objective, Rows, Sums, register, require_types, symmetric_kl
 from villa_ds.objectives.heads import two_layer_head
 from villa_ds.objectives.inputs import choice_sizes, plain_example
 from villa_ds.objectives.reductions import total, widen
+from villa_ds.objectives.submissions import in_numeric_order
 from villa_ds.rng import Stream
 
 CHOICES = 4
 ANSWER_TYPE, RATIONALE_TYPE = 2, 3  # rows of the token type table; the question has the text's, the regions theirs
 ANSWER, RATIONALE = "answer", "rationale"
+NO_LABEL = -1
 QUESTIONS = {"qa": (ANSWER,), "qar": (RATIONALE,), "both": (ANSWER, RATIONALE)}
 
 
@@ -37,8 +41,9 @@ class VisualCommonsenseReasoning(Objective):
     Each choice is a row of its own and told right from wrong. Loss: mean cross entropy over rows.
 
     Stored: the question's word pieces; targets `answers` and `rationales`, 4 lists of word pieces each, `answer` and
-    `rationale`, which of them is right. The group's regions are used in stored order: the annotated ones first, then
-    the detector's. Target: `correct` int64 [S * Q], the right choice of each question.
+    `rationale`, which of them is right; without these a held-out question is predicted, but not scored, and its
+    rationales must follow every answer (`held_out_rationales`). The group's regions are used in stored order: the
+    annotated ones first, then the detector's. Target: `correct` int64 [S * Q], the right choice of each question.
     """
 
     name = "vcr"
@@ -51,8 +56,20 @@ class VisualCommonsenseReasoning(Objective):
     def __init__(self, vocabulary: Vocabulary, settings: VcrConfig) -> None:
         self.vocabulary = vocabulary
         self.questions = QUESTIONS[settings.questions]
+        self.settings = settings
         self.rows = CHOICES * len(self.questions)
         self.adaptation = Adaptation(type_rows=(0, 1, 0, 0), new_words=settings.new_words)
+
+    def held_out(self) -> Objective:
+        """Rationales follow every answer in turn if that is asked for."""
+        twin = super().held_out()
+        if self.settings.held_out_rationales == "every_answer":
+            twin.rows = CHOICES + CHOICES * CHOICES
+        return twin
+
+    @property
+    def _follows_every_answer(self) -> bool:
+        return self.evaluates and self.settings.held_out_rationales == "every_answer"
 
     def own_text(self, sizes: PairSizes) -> IntArray:
         """[P] question, longest answer and, where they are asked for, longest rationale, with separators between."""
@@ -71,10 +88,15 @@ class VisualCommonsenseReasoning(Objective):
         if ANSWER in self.questions:
             rows += [self._row(sample, (answer,)) for answer in answers]
         if RATIONALE in self.questions:
-            answer = answers[self._correct(sample, ANSWER)]
-            rows += [self._row(sample, (answer, rationale)) for rationale in self._choices(sample, RATIONALE)]
-        targets = {"correct": np.array(correct, dtype=np.int64)}
-        return dataclasses.replace(rows[0], targets=targets, further_rows=tuple(rows[1:]))
+            given = answers if self._follows_every_answer else [answers[self._correct(sample, ANSWER)]]
+            choices = self._choices(sample, RATIONALE)
+            rows += [self._row(sample, (answer, rationale)) for answer in given for rationale in choices]
+        return dataclasses.replace(
+            rows[0],
+            targets={"correct": np.array(correct, dtype=np.int64)},
+            notes={UNLABELLED: True} if NO_LABEL in correct else {},
+            further_rows=tuple(rows[1:]),
+        )
 
     def _row(self, sample: Sample, segments: Sequence[NDArray[np.int64]]) -> Example:
         example = plain_example(sample, sample.regions, self.vocabulary)
@@ -99,10 +121,17 @@ class VisualCommonsenseReasoning(Objective):
 
     def _correct(self, sample: Sample, question: str) -> int:
         correct = sample.target.get(question)
+        if (
+            correct in (None, NO_LABEL)
+            and self.evaluates
+            and (self._follows_every_answer or question == self.questions[0])
+        ):
+            return NO_LABEL
         if not isinstance(correct, int) or not 0 <= correct < CHOICES:
             raise DataError(
                 f"sample {sample.id!r}: the right {question} is {correct!r}, not in 0..{CHOICES - 1}; "
-                "questions without one (a test split's) can neither be trained nor scored"
+                "questions without one cannot be trained; to predict a test split's set "
+                "objectives.vcr.held_out_rationales=every_answer"
             )
         return correct
 
@@ -114,9 +143,19 @@ class VisualCommonsenseReasoning(Objective):
     def loss(self, head: nn.Module, encoded: Encoded, batch: Batch) -> LossOutput:
         """`logits` [B, 2], `elements` [B]."""
         logits: Tensor = head(encoded.pooled)
-        right = F.one_hot(batch.targets["correct"], CHOICES).flatten()
-        elements = F.cross_entropy(widen(logits), right, reduction="none")
+        right = F.one_hot(batch.targets["correct"].clamp(min=0), CHOICES).flatten()
+        elements = F.cross_entropy(widen(self._asked(logits, batch)), right, reduction="none")
         return LossOutput(elements.mean(), logits, elements, {"loss": total(elements)})
+
+    def _asked(self, logits: Tensor, batch: Batch) -> Tensor:
+        """[S * Q * 4, 2] of `logits` [B, 2]: of the rationales those that follow the sample's right answer."""
+        correct = batch.targets["correct"]
+        if len(logits) == CHOICES * len(correct):
+            return logits
+        by_sample = logits.view(-1, 1 + CHOICES, CHOICES, 2)
+        answer = correct.view(len(by_sample), -1)[:, 0].clamp(min=0)
+        following = by_sample[torch.arange(len(by_sample), device=logits.device), 1 + answer]
+        return torch.stack([by_sample[:, 0], following], dim=1).flatten(0, 2)
 
     def divergence(self, logits: Tensor, other: Tensor) -> Tensor:
         """Symmetric KL averaged over rows and both classes, as released: half of the sum over classes."""
@@ -124,33 +163,65 @@ class VisualCommonsenseReasoning(Objective):
 
     def metrics(self, output: LossOutput, batch: Batch) -> Sums:
         """By question: `answer_accuracy`, `rationale_accuracy` and, of both questions together, `accuracy`."""
-        hits = self._best(output) == batch.targets["correct"].view(-1, len(self.questions))
+        best = self._scores(self._asked(output.logits, batch)).argmax(-1)
+        hits = best == batch.targets["correct"].view(-1, len(self.questions))
         by_question = {f"{name}_accuracy": total(hits[:, place]) for place, name in enumerate(self.questions)}
         return by_question if len(self.questions) == 1 else {**by_question, "accuracy": total(hits.all(1))}
 
-    def _best(self, output: LossOutput) -> Tensor:
-        """[S, Q] the choice whose row is most right."""
-        return self._scores(output).argmax(-1)
-
-    def _scores(self, output: LossOutput) -> Tensor:
-        """[S, Q, 4] the logits of "right"."""
-        return output.logits[:, 1].view(-1, len(self.questions), CHOICES)
+    def _scores(self, logits: Tensor) -> Tensor:
+        """[S, Q, 4] the logits of "right" of [S * Q * 4, 2]."""
+        return logits[:, 1].view(-1, len(self.questions), CHOICES)
 
     def predictions(self, output: LossOutput, batch: Batch) -> list[dict[str, object]]:
-        """The choice and the scores of all four, for each question of a sample."""
-        chosen, scores = self._best(output).tolist(), widen(self._scores(output)).tolist()
+        """The choice and the scores of all four, for each question of a sample.
+
+        Where rationales follow every answer, `rationale_scores_by_answer` has them all, and those chosen from follow
+        the answer that is predicted.
+        """
+        if len(output.logits) > CHOICES * len(batch.targets["correct"]):
+            return [self._row_of(scores) for scores in widen(output.logits)[:, 1].view(-1, 5, CHOICES).tolist()]
+        scores = self._scores(output.logits)
+        chosen, listed = scores.argmax(-1).tolist(), widen(scores).tolist()
         return [
             {
                 key: value
                 for place, name in enumerate(self.questions)
                 for key, value in ((name, best[place]), (f"{name}_scores", of_all[place]))
             }
-            for best, of_all in zip(chosen, scores, strict=True)
+            for best, of_all in zip(chosen, listed, strict=True)
         ]
+
+    @staticmethod
+    def _row_of(scores: list[list[float]]) -> dict[str, object]:
+        """The prediction for a sample whose rationales follow every answer; `scores` are [5, 4], the answers' first."""
+        answers, *rationales = scores
+        answer = max(range(CHOICES), key=answers.__getitem__)
+        following = rationales[answer]
+        return {
+            ANSWER: answer,
+            f"{ANSWER}_scores": answers,
+            RATIONALE: max(range(CHOICES), key=following.__getitem__),
+            f"{RATIONALE}_scores": following,
+            f"{RATIONALE}_scores_by_answer": rationales,
+        }
+
+    def submission(self, rows: Rows) -> tuple[str, str] | None:
+        """The leaderboard's table: probabilities of the answers, and of the rationales given each answer in turn.
+
+        None unless the rationales of every answer were scored.
+        """
+        if not all(f"{RATIONALE}_scores_by_answer" in row for row in rows):
+            return None
+        groups = [ANSWER, *(f"rationale_conditioned_on_a{answer}" for answer in range(CHOICES))]
+        lines = [["annot_id", *(f"{group}_{choice}" for group in groups for choice in range(CHOICES))]]
+        for row in sorted(rows, key=lambda row: in_numeric_order(row["id"])):
+            scores = torch.tensor([row[f"{ANSWER}_scores"], *row[f"{RATIONALE}_scores_by_answer"]], dtype=torch.float64)
+            lines.append([row["id"], *map(str, scores.softmax(1).flatten().tolist())])
+        return ".csv", "".join(",".join(line) + "\n" for line in lines)
 
     def class_targets(self, batch: Batch) -> Tensor:
         """The right choice of each question [S * Q]."""
-        return batch.targets["correct"]
+        return batch.targets["correct"].clamp(min=0)
 
 
 @register("vcr")

@@ -5,8 +5,9 @@ from villa_ds.config_objectives import ObjectivesConfig
 from villa_ds.data.manifest import Manifest
 from villa_ds.errors import ConfigError
 from villa_ds.objectives.answers import AnswerScoring, score_of_best
-from villa_ds.objectives.base import Objective, Sums, register
+from villa_ds.objectives.base import Objective, Rows, Sums, register
 from villa_ds.objectives.reductions import total
+from villa_ds.objectives.submissions import json_lines
 
 RELATIONS = ("contradiction", "entailment", "neutral")  # the releases' order of classes
 
@@ -23,6 +24,10 @@ class VisualEntailment(AnswerScoring):
     def metrics(self, output: LossOutput, batch: Batch) -> Sums:
         """`accuracy`: the target's score of the relation predicted, 1 where the label is sure and right."""
         return {"accuracy": total(score_of_best(output, batch))}
+
+    def submission(self, rows: Rows) -> tuple[str, str]:
+        """A list of `pairID` and `prediction`; there is no evaluation server, the labels are public."""
+        return ".json", json_lines({"pairID": row["id"], "prediction": row["answer"]} for row in rows)
 
 
 @register("ve")

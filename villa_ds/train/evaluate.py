@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from villa_ds.batch import Batch, LossOutput
 from villa_ds.data.loader import EvaluationLoader
-from villa_ds.objectives.base import Objective
+from villa_ds.objectives.base import UNLABELLED, Objective
 from villa_ds.train.metrics import SumTable
 from villa_ds.train.torch_engine import Engine
 
@@ -47,7 +47,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over the loader's micro-batches, over all ranks; the module is left in training mode.
 
-    `observe` is called with every output that counts, `poll` now and then by all ranks together; it may raise.
+    `observe` is called with every output that is no repeat, `poll` now and then by all ranks together; it may raise.
 
     `majority_baseline` is the accuracy of always answering the evaluated set's commonest class: the best that ignores
     the input can do, so a trained model must beat it.
@@ -75,8 +75,9 @@ class Tally:
         self._classes: Tensor | None = None
 
     def add(self, output: LossOutput, batch: Batch, weight: float = 1.0) -> None:
-        """Count a micro-batch's output `weight` times."""
+        """Count a micro-batch's output `weight` times, unless there is nothing to compare it with."""
         objective = self._objective
+        weight *= not any(UNLABELLED in note for note in batch.notes)
         for group in (output.sums, objective.metrics(output, batch)):
             self._sums.add({name: (weight * total, weight * count) for name, (total, count) in group.items()})
         targets = objective.class_targets(batch)
@@ -90,7 +91,8 @@ class Tally:
         results = self._sums.means(sum_over_ranks)
         if self._classes is not None:
             total = sum_over_ranks(self._classes)
-            results[MAJORITY] = float(total.max() / total.sum())
+            if total.sum() > 0:
+                results[MAJORITY] = float(total.max() / total.sum())
         return results
 
 

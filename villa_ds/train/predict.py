@@ -7,15 +7,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from villa_ds.batch import Batch, LossOutput
 from villa_ds.config import Recipe
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.errors import ConfigError
-from villa_ds.objectives.base import Objective
+from villa_ds.objectives.base import UNLABELLED, Objective
+from villa_ds.objectives.retrieval import ImageTextRetrieval
 from villa_ds.train.checkpoint import MANIFEST, read_state, resolve_checkpoint
 from villa_ds.train.engine import build_engine, is_one_of_several
 from villa_ds.train.ensemble import load_ensemble
 from villa_ds.train.evaluate import Tally, evaluate
+from villa_ds.train.gallery import recalls, score_gallery
 from villa_ds.train.rundir import EVALUATION, start_logging
 from villa_ds.train.session import RunData, build_initial_module, open_data, validation_loaders
 
@@ -23,29 +27,41 @@ Results = dict[str, dict[str, float]]
 log = logging.getLogger("villa_ds")
 
 
-def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None, limit: int = 0) -> Path:
+def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None, limit: int = 0, *, initial: bool = False) -> Path:
     """Evaluate every task that has a set under `data.validation`; returns the folder written.
 
     `checkpoint` is a checkpoint, or a run directory for its newest one (None: the recipe's own). The run directory's
-    `evaluation/step-<n>/` gets `metrics.json` and, per task, `predictions-<data>-<objective>.jsonl` sorted by id.
-    Runs on the recipe's engine, so also on several ranks.
+    `evaluation/step-<n>/` gets `metrics.json` and, per task, `predictions-<data>-<objective>.jsonl` sorted by id,
+    `submission-...` in the form of the task's evaluation server, and `scores-....npy`, retrieval's score of every text
+    for every image (not with a `limit` on micro-batches). `initial`: instead of a checkpoint the model before its first
+    step, as the recipe's `initialize` makes it; the folder is `evaluation/initial/` of the recipe's run. Runs on the
+    recipe's engine, so also on several ranks.
     """
-    folder = resolve_checkpoint(checkpoint or recipe.run_directory)
+    folder = None if initial else resolve_checkpoint(checkpoint or recipe.run_directory)
     data = _held_out(recipe)
-    module = build_initial_module(dataclasses.replace(recipe, initialize=None), data)  # the checkpoint has them all
-    engine = build_engine(module, recipe.engine, recipe.optimizer)
-    engine.load(folder)
+    if folder is not None:
+        recipe = dataclasses.replace(recipe, initialize=None)  # the checkpoint has all weights
+    engine = build_engine(build_initial_module(recipe, data), recipe.engine, recipe.optimizer)
+    if folder is None:
+        out = recipe.run_directory / EVALUATION / "initial"
+    else:
+        engine.load(folder)
+        out = folder.parent.parent / EVALUATION / f"step-{read_state(folder)['step']:08d}"
     start_logging(None, verbose=engine.rank == 0)
     plan = BatchPlan(recipe.data.lanes, engine.world)
-    out = folder.parent.parent / EVALUATION / f"step-{read_state(folder)['step']:08d}"
     results: Results = {}
     for task, (objective, loader) in validation_loaders(recipe, data, plan, engine.rank, limit).items():
         collector = Collector(objective)
         results[task] = evaluate(engine, objective, loader, collector)
         rows = [row for share in engine.gather(collector.rows) for row in share]
+        results[task] |= objective.summary([row for row in rows if UNLABELLED not in row])
+        if isinstance(objective, ImageTextRetrieval) and not limit:
+            manifest, scores = data.validation[task.partition("/")[0]], out / f"scores-{task.replace('/', '-')}.npy"
+            score_gallery(engine, objective, manifest, recipe.data.tokens, scores)
+            results[task] |= recalls(np.load(scores, mmap_mode="r", allow_pickle=False), manifest.index["pair_group"])
         if engine.rank == 0:
             log.info("%s  %s", task, told(results[task]))
-            _write_predictions(out, task, rows)
+            _write_predictions(out, task, objective, rows)
     if engine.rank == 0:
         _write_metrics(out / "metrics.json", results)
     return out
@@ -82,8 +98,9 @@ def evaluate_ensemble(recipe: Recipe, checkpoints: Sequence[Path], limit: int = 
         for name, tally in zip(members, tallies, strict=True):
             members[name][task] = tally.results(ensemble.sum_over_ranks)
             log.info("%s  %s  %s", task, name, told(members[name][task]))
+        results[task] |= objective.summary([row for row in collector.rows if UNLABELLED not in row])
         log.info("%s  together  %s", task, told(results[task]))
-        _write_predictions(out, task, collector.rows)
+        _write_predictions(out, task, objective, collector.rows)
     _write_metrics(out / "members.json", members)
     _write_metrics(out / "metrics.json", results)
     return out
@@ -101,11 +118,15 @@ def told(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
 
 
-def _write_predictions(out: Path, task: str, rows: Sequence[Mapping[str, object]]) -> None:
-    if rows:
-        out.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: str(row["id"])))
-        (out / f"predictions-{task.replace('/', '-')}.jsonl").write_text(lines, encoding="utf-8")
+def _write_predictions(out: Path, task: str, objective: Objective, rows: Sequence[Mapping[str, object]]) -> None:
+    if not rows:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    rows, name = sorted(rows, key=lambda row: str(row["id"])), task.replace("/", "-")
+    (out / f"predictions-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    submission = objective.submission(rows)
+    if submission is not None:
+        (out / f"submission-{name}{submission[0]}").write_text(submission[1], encoding="utf-8")
 
 
 def _write_metrics(path: Path, metrics: Mapping[str, object]) -> None:
@@ -124,4 +145,6 @@ class Collector:
     def __call__(self, output: LossOutput, batch: Batch) -> None:
         """Keep what is predicted for a batch."""
         predictions = self._objective.predictions(output, batch)
-        self.rows += [{"id": name, **row} for name, row in zip(batch.ids, predictions, strict=bool(predictions))]
+        notes = batch.notes or ({},) * len(batch.ids)
+        for name, row, note in zip(batch.ids, predictions, notes, strict=bool(predictions)):
+            self.rows.append({"id": name, **row, **({UNLABELLED: True} if UNLABELLED in note else {})})
