@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,9 @@ def listed(texts: TextsFile, tmp_path: Path) -> list[tuple[str, str, str]]:
 
 
 def scanned(texts: TextsFile, tmp_path: Path) -> list[tuple[Listed, str]]:
-    with Account(tmp_path / "account") as account:
-        source = texts.open(SETTINGS)
+    with Account(tmp_path / "account") as account, closing(texts.open(SETTINGS)) as source:
         rows = list(source.scan(account.texts))
         found = [(row, source.read(row.place).text) for row in rows]
-        source.close()
         assert account.rejected == 0, str(account)
         assert account.texts.read == len(found)
     return found
@@ -143,10 +142,8 @@ def scanned(texts: TextsFile, tmp_path: Path) -> list[tuple[Listed, str]]:
 
 def rejected(texts: TextsFile, tmp_path: Path) -> list[str]:
     """The details of what is rejected."""
-    with Account(tmp_path / "account") as account:
-        source = texts.open(SETTINGS)
+    with Account(tmp_path / "account") as account, closing(texts.open(SETTINGS)) as source:
         kept = len(list(source.scan(account.texts)))
-        source.close()
         assert account.texts.read == kept + account.rejected
     lines = (tmp_path / "account" / LOG_NAME).read_text().splitlines()
     return [json.loads(line)["detail"] for line in lines]
