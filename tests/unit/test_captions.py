@@ -26,6 +26,7 @@ from tests.features import (
     write_region_files,
 )
 from villa_ds.cli import main
+from villa_ds.data.convert import json_files
 from villa_ds.data.convert.account import Account
 from villa_ds.data.convert.captions import CaptionTexts, NameTemplate
 from villa_ds.data.convert.texts import TextsFile
@@ -152,6 +153,20 @@ def test_visual_genome(tmp_path: Path) -> None:
     ]
 
 
+def test_visual_genome_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a piece of the file ends; and damage is not mistaken for an element that goes on for ever."""
+    path = write(tmp_path / "region_descriptions.json", json.dumps(REGIONS, indent=1) + "\n")
+    expected = listed(TextsFile(path, "visual-genome"), tmp_path)
+    for size in (1, 7, 64, 1000):
+        monkeypatch.setattr(json_files, "_PIECE", size)
+        assert listed(TextsFile(path, "visual-genome"), tmp_path) == expected
+    monkeypatch.setattr(json_files, "_PIECE", 7)
+    monkeypatch.setattr(json_files, "_LONGEST", 50)
+    with pytest.raises(DataError, match="entry 1 is not JSON"):
+        listed(TextsFile(path, "visual-genome"), tmp_path)
+    assert listed(TextsFile(write(path, " [ ]"), "visual-genome"), tmp_path) == []
+
+
 def test_conceptual(tmp_path: Path) -> None:
     """Line ends that str knows but the file does not mean belong to the caption."""
     content = f"word1 word2\t{OTHER}\nword3\u2028word4\t{URL}\r\n\nword5\t{OTHER}#2\n"
@@ -264,7 +279,12 @@ def test_an_id_that_comes_again_is_rejected(tmp_path: Path) -> None:
         ("coco", {"images": [], "annotations": [1]}, "entry 1 of annotations is no object, but '1'; mend the file"),
         ("coco", '{"images": [', "texts: is not JSON: Expecting value: line 1 column 13"),
         ("karpathy", [], "images is missing or no list"),
-        ("visual-genome", {"images": []}, "the list of images is missing or no list"),
+        ("visual-genome", {"images": []}, "is no JSON list; is it the file that was meant, and unpacked"),
+        ("visual-genome", [REGIONS[0], 7], "entry 2 of the list is no object"),
+        ("visual-genome", json.dumps(REGIONS)[:-9], "entry 2 is not JSON: .*; is the file whole"),
+        ("visual-genome", json.dumps(REGIONS)[:-1], "after entry 2 comes '', expected a comma"),
+        ("visual-genome", json.dumps(REGIONS) + "[", "after the list comes '\\['"),
+        ("visual-genome", "", "is no JSON list"),
         ("sbu", [], "expected an object with image_urls and captions"),
     ],
 )

@@ -35,7 +35,7 @@ from villa_ds.data.convert.identity import (
     karpathy_image,
     stem,
 )
-from villa_ds.data.convert.json_files import read_json
+from villa_ds.data.convert.json_files import read_json, read_json_objects
 from villa_ds.data.convert.jsonl import name_of
 from villa_ds.data.convert.region_files import UNREADABLE, bare
 from villa_ds.data.convert.settings import Settings
@@ -192,9 +192,7 @@ def karpathy_captions(path: Path, template: NameTemplate, splits: Sequence[str])
 
 def visual_genome_captions(path: Path, template: NameTemplate) -> Records:
     """The phrases of all regions, by region_id. Field: id of the image."""
-    # Of 5 million regions with a dozen values each, only what is needed is kept while the file is parsed.
-    content = read_json(path, keep=frozenset({"id", "image_id", "regions", "region_id", "phrase"}))
-    for number, image in enumerate(_objects(path, content, "the list of images"), start=1):
+    for number, image in enumerate(read_json_objects(path), start=1):
         where = f"image {number}"
         identifier = _number(image.get("id", image.get("image_id")))
         regions = image.get("regions")
@@ -271,16 +269,13 @@ def _lines(path: Path, blank: bool = False) -> Iterator[tuple[int, str]]:
 
 
 def _rows(path: Path, content: Any, key: str) -> Sequence[dict[str, Any]]:
-    return _objects(path, content.get(key) if isinstance(content, dict) else None, key)
-
-
-def _objects(path: Path, rows: Any, what: str) -> Sequence[dict[str, Any]]:
-    """A list of objects. DataError names the first entry that is none."""
+    """The list of objects under a key. DataError names the first entry that is none."""
+    rows = content.get(key) if isinstance(content, dict) else None
     if not isinstance(rows, list):
-        raise DataError(f"{path}: {what} is missing or no list; is it a file of the format that --texts-format says?")
+        raise DataError(f"{path}: {key} is missing or no list; is it a file of the format that --texts-format says?")
     odd = next((number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)), None)
     if odd is not None:
-        raise DataError(f"{path}: entry {odd} of {what} is no object, but {str(rows[odd - 1])[:80]!r}; mend the file")
+        raise DataError(f"{path}: entry {odd} of {key} is no object, but {str(rows[odd - 1])[:80]!r}; mend the file")
     return rows
 
 
