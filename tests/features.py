@@ -92,9 +92,9 @@ def packed(content: Fields) -> bytes:
     return msgpack.packb(arrays, use_bin_type=True)
 
 
-def write_lmdb(folder: Path, values: Mapping[str, bytes]) -> Path:
+def write_lmdb(folder: Path, values: Mapping[str, bytes], size: int = 1 << 22) -> Path:
     folder.mkdir(parents=True)
-    with lmdb.open(str(folder), map_size=1 << 22) as environment, environment.begin(write=True) as writer:
+    with lmdb.open(str(folder), map_size=size) as environment, environment.begin(write=True) as writer:
         for key, value in values.items():
             writer.put(key.encode(), value)
     return folder
@@ -103,12 +103,12 @@ def write_lmdb(folder: Path, values: Mapping[str, bytes]) -> Path:
 META = {"UNK": 1, "CLS": 2, "SEP": 3, "MASK": 4, "v_range": [5, len(PIECES)], "bert": "tiny"}
 
 
-def write_text_base(folder: Path, records: Mapping[str, Any], **files: Any) -> Path:
+def write_text_base(folder: Path, records: Mapping[str, Any], size: int = 1 << 22, **files: Any) -> Path:
     values = {
         key: lz4.frame.compress(msgpack.packb(record, use_bin_type=True)) if isinstance(record, dict) else record
         for key, record in records.items()
     }
-    write_lmdb(folder, values)
+    write_lmdb(folder, values, size)
     sound = {key: record for key, record in records.items() if isinstance(record, dict)}
     content = {
         "meta": META,
