@@ -18,6 +18,7 @@ from tests.features import PIECES, fields, files, row, write_region_files, write
 from villa_ds.data.convert.journal import JOURNAL_NAME
 from villa_ds.data.convert.npz import from_npz
 from villa_ds.data.convert.settings import Settings
+from villa_ds.data.convert.texts import TextsFile
 from villa_ds.data.manifest import vocabulary_bytes
 
 pytestmark = pytest.mark.fault
@@ -33,7 +34,7 @@ def make_source(folder: Path, images: int) -> Path:
 
 
 def run(source: Path, out: Path) -> str:
-    return str(from_npz(out, source / "images", source / "texts.jsonl", SMALL))
+    return str(from_npz(out, source / "images", TextsFile(source / "texts.jsonl"), SMALL))
 
 
 def killed_at(operation: int, source: Path, out: Path) -> bool:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.features import LENIENT, META, PIECES, Fields, log, packed, samples, write_text_base
 from villa_ds.data.convert.account import Account
+from villa_ds.data.convert.texts import UNITER, TextsFile
 from villa_ds.data.convert.uniter_lmdb import from_uniter_lmdb
 
 KINDS = ("caption", "retrieval", "vqa", "entailment", "nlvr2", "vcr", "re_gt", "re_det")
@@ -259,10 +260,11 @@ def test_random_data_bases(tmp_path: Path, kind: str, flavour: str, seed: int) -
             stored.insert(0, draw_images(rng, tmp_path / "img_gt", [f"gt_{name}" for name in names], classes, "fixed"))
         drawn = draw_texts(rng, tmp_path / "t.db", kind, stored)
     given = [str(base.folder) for base in stored]
-    account = from_uniter_lmdb(tmp_path / "out", ";".join(reversed(given)), drawn.folder, LENIENT)
+    account = from_uniter_lmdb(tmp_path / "out", ";".join(reversed(given)), TextsFile(drawn.folder, UNITER), LENIENT)
     check(tmp_path / "out", account, drawn, stored)
 
 
+@pytest.mark.slow
 def test_thousands_of_entries(tmp_path: Path) -> None:
     """Also that texts of one image are one group, in the order of the ids."""
     rng = np.random.default_rng(0)
@@ -273,7 +275,7 @@ def test_thousands_of_entries(tmp_path: Path) -> None:
         for number in range(5000)
     }
     write_text_base(tmp_path / "t.db", records, size=1 << 26)
-    account = from_uniter_lmdb(tmp_path / "out", str(stored.folder), tmp_path / "t.db", LENIENT)
+    account = from_uniter_lmdb(tmp_path / "out", str(stored.folder), TextsFile(tmp_path / "t.db", UNITER), LENIENT)
     texts = {name: ((text["img_fname"][:-4],), text["input_ids"], {}) for name, text in records.items()}
     check(tmp_path / "out", account, Drawn(tmp_path / "t.db", texts), [stored])
 
@@ -284,7 +286,7 @@ def test_two_sources_with_the_same_names(tmp_path: Path) -> None:
     truth = draw_images(rng, tmp_path / "vcr_gt", ["a", "b"], 3, "fixed")
     found = draw_images(rng, tmp_path / "vcr", ["a", "b"], 3, "threshold")
     write_text_base(tmp_path / "t.db", {"t": {"input_ids": [6], "img_fname": ["a.npz", "a.npz"]}}, meta=META)
-    from_uniter_lmdb(tmp_path / "out", f"{found.folder};{truth.folder}", tmp_path / "t.db", LENIENT)
+    from_uniter_lmdb(tmp_path / "out", f"{found.folder};{truth.folder}", TextsFile(tmp_path / "t.db", UNITER), LENIENT)
     regions = samples(tmp_path / "out")["t"].regions
     assert [span.name for span in regions.images] == ["a", f"vcr/{found.folder.name}/a"]
     np.testing.assert_array_equal(regions.features, np.concatenate([truth.expected("a")[0], found.expected("a")[0]]))
