@@ -183,6 +183,7 @@ def _add_tools(actions: "Actions") -> None:
     action = actions.add_parser("rebuild-manifest", help="index arrays and a manifest for tars that have none")
     action.add_argument("folder", type=Path)
     action.add_argument("--vocabulary", type=Path, metavar="vocab.txt", help="default: FOLDER/vocab.txt")
+    action.add_argument("--extra-pieces", type=positive, default=0, metavar="N", help="ids beyond it; VCR has 81")
     action.add_argument("--answers", type=Path, metavar="JSON", help="the answer list of question answering")
     action.add_argument("--detector-classes", type=positive, default=0, help="for labels in top-k form")
     action.add_argument("--extractor", default="unknown", help="what computed the features, with its version")
@@ -376,7 +377,7 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _rebuild_manifest(parsed: argparse.Namespace) -> int:
-    from villa_ds.data.convert.settings import read_answers  # noqa: PLC0415
+    from villa_ds.data.convert.settings import read_answers, with_extra  # noqa: PLC0415
     from villa_ds.data.manifest import VOCABULARY_NAME  # noqa: PLC0415
     from villa_ds.data.rebuild import NoSetError, rebuild_manifest  # noqa: PLC0415
     from villa_ds.data.wordpiece import WordPieces  # noqa: PLC0415
@@ -384,7 +385,9 @@ def _rebuild_manifest(parsed: argparse.Namespace) -> int:
     try:
         manifest = rebuild_manifest(
             parsed.folder,
-            WordPieces.load(parsed.vocabulary or parsed.folder / VOCABULARY_NAME).pieces,
+            with_extra(
+                WordPieces.load(parsed.vocabulary or parsed.folder / VOCABULARY_NAME).pieces, parsed.extra_pieces
+            ),
             answers=() if parsed.answers is None else read_answers(parsed.answers),
             detector_classes=parsed.detector_classes,
             extractor=parsed.extractor,

@@ -59,12 +59,14 @@ def picture(path: Path, title: str, subtitle: str = "", panels: int = 1) -> "Ite
         import matplotlib as mpl  # noqa: PLC0415  # takes a second, and is an extra
         from matplotlib.figure import Figure  # noqa: PLC0415
         from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: PLC0415
+        from matplotlib.rcsetup import cycler  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ConfigError(f"pictures need the package {error.name}: pip install 'villa_ds[plots]'") from None
     with mpl.rc_context():
         mpl.rcdefaults()  # not what a matplotlibrc of this machine says
         for name, value in _STYLE.items():
             mpl.rcParams[name] = value  # type: ignore[index]  # newer stubs list all names
+        mpl.rcParams["axes.prop_cycle"] = cycler(color=PALETTE)
         above = _TITLE + _LINE * len(subtitle.splitlines())
         width, height = PANEL[0] * panels, PANEL[1] + above
         layout = ConstrainedLayoutEngine(rect=(0.01, 0.01, 0.98, 0.98 - above / height), wspace=0.04)

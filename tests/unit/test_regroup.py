@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.downstream import make_task_shards
 from tests.shards import make_image, make_pieces, make_shards
 from villa_ds.cli import main
-from villa_ds.data.manifest import load_manifest
+from villa_ds.data.manifest import INDEX_DTYPES, load_manifest
 from villa_ds.data.regroup import Layout, Shares, merge, parse_shares, read_parts, reshard, split
 from villa_ds.data.verify import verify
 from villa_ds.data.writer import Group, SetInfo, ShardWriter, Text
@@ -60,6 +61,17 @@ def test_reshard_changes_nothing_but_shards(source, tmp_path):
     again = reshard(tmp_path / "seven", tmp_path / "as before", Layout(groups_per_shard=5), "make_shards")
     assert again.fingerprint == before.fingerprint
     assert content(tmp_path / "as before") == content(source)
+
+
+@pytest.mark.parametrize("layout", ["vcr", "nlvr2"])
+def test_what_only_some_sets_tell_is_kept(tmp_path, layout):
+    before = make_task_shards(tmp_path / "set", layout)
+    after = reshard(tmp_path / "set", tmp_path / "out", Layout(shards=5), "test")
+    sound(tmp_path / "out")
+    assert before.index.keys() == after.index.keys()
+    assert len(after.index) > len(INDEX_DTYPES)
+    for array in after.index.keys() - {"group_shard", "group_offset"}:
+        assert np.array_equal(after.index[array], before.index[array])
 
 
 def test_a_shuffle_is_decided_by_its_seed(source, tmp_path):

@@ -161,6 +161,10 @@ VIOLATIONS = {
         changed_record(lambda r: r["texts"][0].update(id=3)),
         r"texts\.0\.id is missing or of another type",
     ),
+    "half a character": (
+        changed_record(lambda r: r["images"][0].update(name="\udc00")),
+        r"json cannot be decoded: '\\udc00' is not valid Unicode",
+    ),
     "surrogate": (changed_record(lambda r: r["texts"][0].update(id="\ud800")), "is not valid Unicode"),
     "fraction": (
         changed_record(lambda r: r["texts"][0]["word_pieces"].__setitem__(0, 8.5)),
@@ -253,7 +257,6 @@ def test_a_tar_that_is_no_plain_row_of_files(folder):
     assert "not a readable tar after 0 groups" in with_member(tarfile.REGTYPE, 1 << 80)
 
 
-@pytest.mark.slow
 def test_processes_find_the_same(folder):
     rewrite(folder, changed_array("features", lambda a: put(a, (0, 0), np.inf), "g00000"))
     rewrite(folder, lambda name, content: [(name.replace("g00004.", "g00001."), content)], "shard-000001.tar")

@@ -161,11 +161,16 @@ def decode(stored: StoredGroup, form: Form, found: list[str]) -> EncodedGroup | 
 
 
 def parse_record(data: bytes) -> Any:
-    """The JSON of a group. ValueError if it is none, NaN and infinity included."""
+    """The JSON of a group. ValueError if it is none, or holds NaN, infinity or half of a surrogate pair."""
     try:
-        return json.loads(data, parse_constant=_no_number)
+        record = json.loads(data, parse_constant=_no_number)
+        if b"\\ud" in data.lower():  # an escape that may stand for no character, which nothing could write again
+            json.dumps(record, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{error.object[error.start : error.end]!r} is not valid Unicode") from None
+    return record
 
 
 def _no_number(constant: str) -> NoReturn:
