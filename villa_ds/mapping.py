@@ -5,6 +5,7 @@ Everything that does not fit is a `ConfigError` with the dotted key. A dataclass
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import yaml
 from villa_ds.errors import ConfigError
 
 T = TypeVar("T")
+_MOST_NODES = 100_000  # of a recipe; anchors within anchors grow without bound
 
 
 def require(condition: bool, key: str, value: object, mend: str) -> None:
@@ -36,7 +38,10 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text, byte {error.start} is {error.object[error.start]:#04x}") from None
     try:
-        _refuse_repeated_keys(yaml.compose(text, yaml.SafeLoader), "")
+        root = yaml.compose(text, yaml.SafeLoader)
+        if root is not None and _spelt_out(root, {}) > _MOST_NODES:
+            raise ConfigError(f"{path}: its anchors stand for more than {_MOST_NODES} values; write them out")
+        _refuse_repeated_keys(root, "")
         mapping = to_mapping(yaml.safe_load(text))  # a copy without YAML's sharing: an override reaches one place only
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
@@ -80,6 +85,19 @@ def from_mapping(cls: type[T], mapping: object, path: str) -> T:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
+
+
+def _spelt_out(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """Values that a YAML node stands for with its anchors resolved; endless where one refers to itself."""
+    if node not in known:
+        known[node] = math.inf  # while it is being counted
+        if isinstance(node, yaml.MappingNode):
+            known[node] = 1 + sum(_spelt_out(part, known) for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            known[node] = 1 + sum(_spelt_out(part, known) for part in node.value)
+        else:
+            known[node] = 1
+    return known[node]
 
 
 def _refuse_repeated_keys(node: yaml.Node | None, path: str) -> None:

@@ -33,6 +33,7 @@ ORDER = (
     "data.transport",
     "data.store",
     "data.manifest",
+    "data.order",
     "data.wordpiece",
     "data.sizes",
     "data.writer",

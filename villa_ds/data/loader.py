@@ -12,6 +12,7 @@ from villa_ds.data.ahead import Ahead, shards_to_come
 from villa_ds.data.delivery import BatchMaker, Preparer, Request, Source, deliver
 from villa_ds.data.lanes import BatchPlan, Position, describe_plan, draw_task, next_row
 from villa_ds.data.manifest import Manifest
+from villa_ds.data.order import require_order
 from villa_ds.data.plan import DataPlan, MicroBatch, PlanSettings
 from villa_ds.data.quarantine import Damage, DamagedError
 from villa_ds.data.reader import ShardReader
@@ -253,4 +254,5 @@ def _request(source: int, objective: Preparer, micro_batch: MicroBatch) -> Reque
 
 
 def _plan(manifest: Manifest, settings: PlanSettings) -> DataPlan:
+    require_order(manifest)
     return DataPlan(manifest.index, [shard.bytes for shard in manifest.shards], settings)

@@ -213,7 +213,7 @@ def load_manifest(location: str | Path, data: DataConfig = DataConfig()) -> Mani
         content = json.loads(store.read(MANIFEST_NAME))
     except FileNotFoundError:
         raise DataError(f"{path}: no manifest; is data.root right, was `villa-ds shards` run?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot read the manifest: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}; {_MEND}")

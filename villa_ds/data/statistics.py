@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from villa_ds.data.manifest import Manifest, load_manifest
+from villa_ds.data.order import require_order
 from villa_ds.data.packing import pack
 from villa_ds.data.reader import ShardReader
 
@@ -166,6 +167,7 @@ class Statistics:
 def stat(location: str | Path, groups: int = SAMPLED_GROUPS) -> Statistics:
     """Statistics of a shard set, of which at most so many groups are read. DataError or DamageError if it can't be."""
     manifest = load_manifest(location)
+    require_order(manifest)
     index = manifest.index
     texts = np.bincount(index["pair_group"], minlength=manifest.num_groups)
     first = np.cumsum(texts) - texts  # each group's first pair

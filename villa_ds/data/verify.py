@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from villa_ds.data.manifest import VOCABULARY_NAME, Manifest, Vocabulary, load_manifest
+from villa_ds.data.order import order_problems
 from villa_ds.data.processes import in_order
 from villa_ds.data.progress import with_progress
 from villa_ds.data.sizes import RecordSizes, record_sizes
@@ -26,7 +27,6 @@ from villa_ds.data.stored import Form, decode, group_at, readers, sha256_of, wal
 from villa_ds.errors import DamageError, DataError
 from villa_ds.rng import numbered_words
 
-_TAR_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,40 +165,13 @@ def _index_problems(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _order_problems(manifest: Manifest) -> Iterator[Problem]:
-    """Index arrays against each other: the order of groups and pairs, and ids that occur twice."""
-    index = manifest.index
-    shards = np.repeat(np.arange(len(manifest.shards)), [shard.groups for shard in manifest.shards])
-    if not np.array_equal(index["group_shard"], shards):
-        yield Problem("group_shard.npy", None, "does not follow the shards' group counts", damage=False)
-    pairs = np.bincount(np.clip(index["pair_group"], 0, manifest.num_groups - 1), minlength=manifest.num_groups)
-    slots = np.arange(manifest.num_pairs) - np.repeat(np.cumsum(pairs) - pairs, pairs)
-    ordered = np.array_equal(index["pair_group"], np.repeat(np.arange(manifest.num_groups), pairs))
-    if not ordered or not np.array_equal(index["pair_slot"], slots):
-        yield Problem("pair_group.npy", None, "pairs are not numbered group by group, text by text", damage=False)
-    held = np.add.reduceat(pairs, np.cumsum([0, *(shard.groups for shard in manifest.shards[:-1])]))
-    for shard, count in zip(manifest.shards, held.tolist(), strict=True):
-        if count != shard.pairs:
-            yield Problem(
-                shard.name, None, f"{count} pairs in the index, the manifest says {shard.pairs}", damage=False
-            )
-    yield from _offset_problems(manifest, shards)
-    identifiers, counts = np.unique(index["pair_id"], return_counts=True)
+    """Index arrays against each other, and ids that occur twice."""
+    for file, text in order_problems(manifest):
+        yield Problem(file, None, text, damage=False)
+    identifiers, counts = np.unique(manifest.index["pair_id"], return_counts=True)
     for identifier in identifiers[counts > 1]:
         text = f"{identifier.decode(errors='replace')!r} is the id of several texts"
         yield Problem("pair_id.npy", None, text, damage=False)
-
-
-def _offset_problems(manifest: Manifest, shards: NDArray[np.int64]) -> Iterator[Problem]:
-    """Groups that cannot begin where group_offset says. `shards` are the groups' shard numbers."""
-    offsets = np.asarray(manifest.index["group_offset"])
-    first = np.diff(shards, prepend=-1) > 0
-    ends = np.array([shard.bytes for shard in manifest.shards], np.int64)[shards]
-    wrong = np.where(first, offsets != 0, np.diff(offsets, prepend=0) <= 0)
-    wrong |= (offsets % _TAR_BLOCK != 0) | (offsets >= ends)
-    if wrong.any():
-        group = int(np.argmax(wrong))
-        text = f"group {group} cannot begin at byte {int(offsets[group])} of {manifest.shards[int(shards[group])].name}"
-        yield Problem("group_offset.npy", None, text, damage=False)
 
 
 def _size_problems(manifest: Manifest, number: int) -> list[Problem]:

@@ -237,10 +237,10 @@ def cut_metrics(path: Path, last_step: int) -> None:
     kept = []
     for line in path.read_bytes().splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
+            beyond = json.loads(line)["step"] > last_step
+        except (ValueError, KeyError, TypeError, RecursionError):
             break  # torn by a kill in the middle of a write; nothing after it counts
-        if row["step"] > last_step:
+        if beyond:
             break
         kept.append(line + b"\n")
     temporary = path.with_suffix(".tmp")

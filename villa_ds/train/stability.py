@@ -15,7 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from villa_ds.config import StabilityConfig
 from villa_ds.errors import CheckpointError, NonFiniteError
@@ -117,4 +117,17 @@ def _whole_lines(path: Path) -> bytes:
 
 def _read(path: Path) -> list[Event]:
     """Events of earlier processes; a last line torn by a kill never had consequences."""
-    return [Event(**json.loads(line)) for line in _whole_lines(path).splitlines()] if path.exists() else []
+    events = []
+    for number, line in enumerate(_whole_lines(path).splitlines() if path.exists() else (), start=1):
+        try:
+            event = Event(**json.loads(line))
+            known = type(event.step) is int and event.action in get_args(Action)
+        except (ValueError, TypeError, RecursionError):
+            known = False
+        if not known:
+            raise CheckpointError(
+                f"{path}: line {number} is no event of ours, and a step that was left out would be taken; restore the "
+                "file, or give another `output`"
+            )
+        events.append(event)
+    return events
