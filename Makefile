@@ -11,8 +11,8 @@ FAST := not slow and not dist and not fault and not slurm
 ACCELERATOR = $$($(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'DS_ACCELERATOR=cpu')")
 
 .DEFAULT_GOAL := help
-.PHONY: help env lint test test-fast test-fault test-slurm quickstart clean
-test test-fast test-fault test-slurm: export OMP_NUM_THREADS := 1
+.PHONY: help env lint test test-fast test-fault test-fuzz test-slurm quickstart clean
+test test-fast test-fault test-fuzz test-slurm: export OMP_NUM_THREADS := 1
 
 help:
 	@echo 'make env         a virtual environment in $(VENV) with everything, once'
@@ -20,6 +20,7 @@ help:
 	@echo 'make test        every test but those of test-slurm'
 	@echo 'make test-fast   the tests that need neither several processes nor many seconds'
 	@echo 'make test-fault  every fault many times: VILLA_DS_FAULT_TRIALS=50 kills in one run, and so on'
+	@echo 'make test-fuzz   VILLA_DS_FUZZ_TRIALS=10000 spoilt shard sets, recipes and journals'
 	@echo 'make test-slurm  the batch scripts under a private SLURM on this machine; installs it with apt-get if it is missing'
 	@echo 'make quickstart  the whole story on real data: shards, pre-training, adversary, evaluation'
 	@echo 'make clean       remove caches and build products'
@@ -47,6 +48,10 @@ test-fast: env
 test-fault: export VILLA_DS_FAULT_TRIALS ?= 50
 test-fault: env
 	env $(ACCELERATOR) $(BIN)/python -m pytest tests/fault tests/dist/test_discard.py tests/dist/test_elastic.py
+
+test-fuzz: export VILLA_DS_FUZZ_TRIALS ?= 10000
+test-fuzz: env
+	env $(ACCELERATOR) $(BIN)/python -m pytest -n 2 -rP tests/fuzz
 
 test-slurm: env
 	bash tests/slurm/install.sh

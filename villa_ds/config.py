@@ -50,6 +50,7 @@ class DataConfig:
     prefetch: int = 4  # micro-batches loaded ahead, a worker
     mix_extractors: bool = False  # take sets of different extractors, whose features mean different things
     damage_budget: float = 0.001  # share of a training set's pairs that may be damaged; validation sets may have none
+    verify: Literal["off", "shards"] = "off"  # whether a local file's checksum is computed when it is first opened
     cache: str | None = None  # folder for copies of remote shards; None: $VILLA_DS_CACHE, or the user's cache folder
     cache_gib: float = 100.0  # what it may hold, of all runs together; more only where all of it is in use
     fetch_ahead: int = 2  # remote shards fetched before they are needed, a rank and data set; 0: none

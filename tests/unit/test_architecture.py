@@ -30,6 +30,7 @@ ORDER = (
     "data.contract",
     "data.npy",
     "data.cache",
+    "data.checked",
     "data.transport",
     "data.store",
     "data.manifest",

@@ -344,7 +344,7 @@ def fingerprint_of(content: Mapping[str, Any]) -> str:
     """
     hashed = {key: value for key, value in content.items() if key not in ("fingerprint", "command")}
     canonical = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()
 
 
 def write_manifest(

@@ -19,7 +19,7 @@ def require_order(manifest: Manifest) -> None:
     """DataError if the index arrays contradict each other or the manifest. Reads all of them but the ids' bytes."""
     for file, text in order_problems(manifest):
         raise DataError(
-            f"{manifest.folder / file}: {text}; the index was edited or is of another set: copy the whole folder "
+            f"{manifest.store.at(file)}: {text}; the index was edited or is of another set: copy the whole folder "
             "again, `villa-ds shards verify` checks it"
         )
 
@@ -43,6 +43,9 @@ def order_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "group_offset.npy", f"group {group} cannot begin at byte {int(offsets[group])} of {name}"
     if index["group_regions"].min() < 1:
         yield "group_regions.npy", f"group {int(np.argmin(index['group_regions']))} has no regions"
+    largest = index.get("group_largest")
+    if largest is not None and (np.any(largest < 1) or np.any(largest > index["group_regions"])):
+        yield "group_largest.npy", "an image has no regions, or more than its group"
     yield from _pair_problems(manifest)
 
 
@@ -70,6 +73,9 @@ def _pair_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
                 yield shard.name, f"{count} pairs in the index, the manifest says {shard.pairs}"
     if shortest < 1:
         yield "pair_length.npy", f"a text has {shortest} word pieces"
+    for name in ("pair_answer", "pair_rationale"):
+        if name in index and index[name].min() < 0:
+            yield f"{name}.npy", f"a choice has {index[name].min()} word pieces"
     if unreadable is not None:
         yield "pair_id.npy", f"{unreadable!r} is empty or not UTF-8"
 

@@ -4,7 +4,6 @@ Shape legend: R regions of a group, D feature width, C detector classes, k kept 
 """
 
 import errno
-import json
 import mmap
 import tarfile
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from villa_ds.data.manifest import Manifest, Shard
 from villa_ds.data.quarantine import Damage, DamagedError
 from villa_ds.data.recent import Recent
 from villa_ds.data.store import Store
+from villa_ds.data.stored import parse_record
 from villa_ds.errors import DamageError, DataError
 
 OPEN_REMOTE_SHARDS = 8  # each is a file that the cache can't remove; to map one again takes a tenth of a millisecond
@@ -80,13 +80,13 @@ class ShardReader:
         wanted = {"json", "features.npy", "boxes.npy", *(() if stored == "none" else ("labels.npy",))}
         try:
             members = _find_members(data, int(index["group_offset"][group]), wanted)
-            record = json.loads(_content(data, members["json"]), parse_constant=_refuse_constant)
+            record = parse_record(_content(data, members["json"]))
             features = npy.view(data, *members["features.npy"])
             boxes = npy.view(data, *members["boxes.npy"])
             labels = None if stored == "none" else npy.view(data, *members["labels.npy"])
             images = tuple(ImageSpan(item["name"], item["start"], item["stop"]) for item in record["images"])
             texts = record["texts"]
-        except (tarfile.TarError, ValueError, RecursionError) as error:  # of JSON, a .npy header, a member's bounds
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # JSON, headers, bounds
             self._damaged(group, f"cannot be read: {error}")
         except (KeyError, TypeError) as error:
             self._damaged(group, f"lacks {error}")
@@ -211,13 +211,9 @@ def _read_key(data: mmap.mmap, offset: int) -> str | None:
     """Key of the tar sample at `offset`, None if there is no sound header."""
     try:
         header = tarfile.TarInfo.frombuf(data[offset : offset + _HEADER], "utf-8", "strict")
-    except (tarfile.HeaderError, ValueError):
+    except (tarfile.HeaderError, ValueError, OverflowError):
         return None
     return header.name.partition(".")[0]
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _shown(texts: list[tuple[bytes, int]]) -> str:

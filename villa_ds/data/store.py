@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import random
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import BinaryIO, ClassVar, Protocol, TypeVar
 
 from villa_ds.config import DataConfig
 from villa_ds.data.cache import GIB, Cache, Partial, default_folder
+from villa_ds.data.checked import CheckedFiles
 from villa_ds.data.transport import BLOCK, Transport, TransportError, is_remote, open_transport
 from villa_ds.errors import DamageError, DataError, RemoteError
 
@@ -74,6 +76,7 @@ class LocalStore:
 
     folder: Path
     remote: ClassVar[bool] = False
+    checked: CheckedFiles | None = None  # computes checksums at each opening; None: they are not looked at
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -99,8 +102,11 @@ class LocalStore:
         return (self.folder / name).read_bytes()
 
     def open(self, name: str, sha256: str, size: int | None = None) -> BinaryIO:
-        """The file itself, unchecked: `villa-ds shards verify` is for that."""
-        return (self.folder / name).open("rb")
+        """The file itself; DamageError, if checksums are looked at, where its own is another."""
+        file = (self.folder / name).open("rb")
+        if self.checked is not None and size in (None, os.fstat(file.fileno()).st_size):
+            self.checked.require(file, sha256)
+        return file
 
     def renew(self, name: str, sha256: str, size: int | None = None) -> BinaryIO | None:
         """None: a folder has one copy."""
@@ -272,7 +278,9 @@ class _Attempts:
 def open_store(location: str | Path, data: DataConfig = DataConfig()) -> Store:  # noqa: B008  frozen
     """The store of a folder, a URL prefix or a `pipe:` command. ConfigError if it can't be used as it is."""
     text = str(location)
+    folder = default_folder() if data.cache is None else Path(data.cache).expanduser()
     if not is_remote(text):
-        return LocalStore(Path(text.removeprefix("file://")))
-    cache = Cache(default_folder() if data.cache is None else Path(data.cache).expanduser(), int(data.cache_gib * GIB))
+        checked = CheckedFiles(folder) if data.verify == "shards" else None
+        return LocalStore(Path(text.removeprefix("file://")), checked)
+    cache = Cache(folder, int(data.cache_gib * GIB))
     return RemoteStore(open_transport(text, data.timeout_s), cache, data.retries)

@@ -120,7 +120,7 @@ def _groups(stream: BinaryIO) -> Iterator[StoredGroup]:
                 content = archive.extractfile(member)
                 group.names.append(extension)
                 group.members[extension] = b"" if content is None else content.read()
-    except (ValueError, OverflowError) as error:  # numbers in garbled headers
+    except (ValueError, OverflowError, RecursionError) as error:  # numbers in garbled headers, headers of headers
         raise tarfile.ReadError(str(error)) from None
     if group is not None:
         yield group

@@ -28,7 +28,6 @@ from villa_ds.errors import DamageError, DataError
 from villa_ds.rng import numbered_words
 
 
-
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One finding."""

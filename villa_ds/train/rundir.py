@@ -32,6 +32,7 @@ FREE_KEYS = (
     "data.workers",
     "data.prefetch",
     "data.damage_budget",
+    "data.verify",
     "data.cache",
     "data.cache_gib",
     "data.fetch_ahead",
