@@ -58,7 +58,7 @@ def _add_conversions(actions: "Actions") -> None:
     action.set_defaults(run=_from_tsv)
     _add_pictures(actions)
     action = actions.add_parser("to-npz", help="a shard set back as .npz region files and JSON lines")
-    action.add_argument("folder", type=Path)
+    action.add_argument("location", metavar="SET", help="a folder, a URL prefix or a pipe: command")
     action.add_argument("out", type=Path)
     action.set_defaults(run=_to_npz)
     action = actions.add_parser("overlap", help="images that two sets share, by name and by the ids of COCO and others")
@@ -291,7 +291,7 @@ def _fit_extractor(parsed: argparse.Namespace) -> int:
 def _to_npz(parsed: argparse.Namespace) -> int:
     from villa_ds.data.convert.to_npz import to_npz  # noqa: PLC0415
 
-    print(f"{parsed.out}: {to_npz(parsed.folder, parsed.out)} images")
+    print(f"{parsed.out}: {to_npz(parsed.location, parsed.out)} images")
     return 0
 
 

@@ -10,16 +10,18 @@ from collections.abc import Iterator
 import torch
 
 from villa_ds import __version__
+from villa_ds.data.cache import GIB, Cache, default_folder
 from villa_ds.models.layers import fused_layer_norm_kernel
 
 REQUIRED = ("torch", "numpy", "deepspeed", "webdataset", "tensorboard", "pyyaml", "safetensors", "tokenizers", "tqdm")
 OPTIONAL = {"easy-vqa": "shards demo", "scikit-image": "shards demo", "scipy": "shards demo"}
+OPTIONAL |= {"s3fs": "s3://", "gcsfs": "gs://", "huggingface_hub": "hf://"}
 MATMUL = 512  # side of the square matrices of the precision test: large enough to show the kernel, done in a moment
 
 
 def doctor() -> list[str]:
     """The report, line by line."""
-    return [*_installed(), "", *_device(), "", *_kernels(), "", *_precision()]
+    return [*_installed(), "", *_device(), "", *_kernels(), "", *_precision(), "", *_cache()]
 
 
 def _installed() -> Iterator[str]:
@@ -69,6 +71,15 @@ def _precision() -> Iterator[str]:
     ratio = _seconds(torch.bfloat16) / _seconds(torch.float32)
     advice = "use float32" if ratio > 1 else "bfloat16 pays"
     yield f"precision: a bfloat16 matrix product takes {ratio:.1f} times a float32 one on this CPU: {advice}"
+
+
+def _cache() -> Iterator[str]:
+    cache = Cache(default_folder(), 0)
+    usage = cache.usage()
+    yield (
+        f"cache of remote shards: {cache.folder} (or data.cache), {usage.files} files and {usage.partial} begun, "
+        f"{usage.bytes / GIB:.1f} GiB"
+    )
 
 
 def _seconds(dtype: torch.dtype) -> float:

@@ -18,6 +18,7 @@ SAMPLED_GROUPS = 1000  # for what only the tars tell: a per cent or two of error
 SPECIAL_TOKENS = 2  # [CLS] and [SEP] of a pair's text
 WINDOW = 8192  # pairs that are packed together, the default of data.window
 BINS = 50  # of histograms of what is no whole number
+_FETCHED_SHARDS = 8  # of a remote set: statistics are not worth a copy of it all
 _PERCENTILES = (0, 5, 50, 95, 99, 100)
 _CHUNK = 1 << 20  # entries of an index array in memory at a time
 _BUDGETS = tuple(1 << power for power in range(8, 16))  # tokens of a micro-batch
@@ -82,7 +83,8 @@ class Statistics:
     lengths: Mapping[str, Distribution]  # by quantity
     budgets: tuple[Budget, ...]
     packed: int  # pairs that `budgets` is of
-    sampled: int  # groups read, evenly spaced
+    sampled: int  # groups read, evenly spaced in
+    sampled_shards: int  # that many shards, evenly spaced too
     pieces: NDArray[np.int64]  # [V] how often each word piece was seen
     labels: LabelStatistics | None
 
@@ -117,7 +119,7 @@ class Statistics:
                 for name, found in self.lengths.items()
             ),
             f"vocabulary   {manifest.vocabulary.size} pieces, {self.used_pieces} used, [UNK] {self.unknown:.2%} "
-            f"(in {self.sampled} groups)",
+            f"(in {self.sampled} groups of {self.sampled_shards} shards)",
         ]
         if self.labels is not None:
             lines.append(
@@ -146,6 +148,7 @@ class Statistics:
             "packed_pairs": self.packed,
             "budgets": [{"tokens": b.tokens, "rows": b.rows, "padding": b.padding} for b in self.budgets],
             "sampled_groups": self.sampled,
+            "sampled_shards": self.sampled_shards,
             "vocabulary": {
                 "size": manifest.vocabulary.size,
                 "used": self.used_pieces,
@@ -171,11 +174,18 @@ def stat(location: str | Path, groups: int = SAMPLED_GROUPS) -> Statistics:
     index = manifest.index
     texts = np.bincount(index["pair_group"], minlength=manifest.num_groups)
     first = np.cumsum(texts) - texts  # each group's first pair
-    count = min(manifest.num_groups, groups)
+    shards = len(manifest.shards)
+    if manifest.store.remote and shards > _FETCHED_SHARDS:
+        fetched = np.arange(_FETCHED_SHARDS) * shards // _FETCHED_SHARDS
+        candidates = np.flatnonzero(np.isin(index["group_shard"], fetched))
+        shards = _FETCHED_SHARDS
+    else:
+        candidates = np.arange(manifest.num_groups)
+    count = min(len(candidates), groups)
     reader = ShardReader(manifest)
     pieces = np.zeros(manifest.vocabulary.size, np.int64)
     labels = _Labels(manifest.detector_classes)
-    for group in (np.arange(count) * manifest.num_groups // count).tolist():
+    for group in candidates[np.arange(count) * len(candidates) // count].tolist():
         for pair in range(first[group], first[group] + texts[group]):
             sample = reader.sample(pair)
             pieces += np.bincount(sample.word_pieces, minlength=len(pieces))
@@ -193,6 +203,7 @@ def stat(location: str | Path, groups: int = SAMPLED_GROUPS) -> Statistics:
         budgets=budgets,
         packed=packed,
         sampled=count,
+        sampled_shards=shards,
         pieces=pieces,
         labels=labels.statistics(),
     )

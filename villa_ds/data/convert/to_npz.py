@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,29 +19,31 @@ from villa_ds.errors import DataError
 TEXTS_NAME, ANSWERS_NAME, IMAGES_NAME = "texts.jsonl", "answers.json", "images"
 
 
-def to_npz(folder: str | Path, out: str | Path) -> int:
+def to_npz(location: str | Path, out: str | Path) -> int:
     """Write OUT/images/<name>.npz, texts.jsonl, vocab.txt and, if there are any, answers.json; returns the image count.
 
     The set is verified first: DamageError or DataError if it is not sound. DataError if `out` holds anything or an
     image's name would lead out of it. An image of several groups is written once. texts.jsonl comes last.
     """
     out = Path(out)
-    report = verify(folder)
+    report = verify(location)
     report.check()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: exists and is not an empty folder; give another one, or delete it first")
     manifest = report.manifest
     written: set[str] = set()
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(manifest.folder / VOCABULARY_NAME, out / VOCABULARY_NAME)
+    with manifest.store.open(VOCABULARY_NAME, manifest.vocabulary.sha256) as vocabulary:
+        replace_file(out / VOCABULARY_NAME, vocabulary.read())
     if manifest.answers:
         replace_file(out / ANSWERS_NAME, json.dumps(manifest.answers, ensure_ascii=False).encode())
     unfinished = out / f"{TEXTS_NAME}.partial"
     with unfinished.open("w", encoding="utf-8") as texts:
         for shard in with_progress(manifest.shards, len(manifest.shards), "writing shards as .npz"):
-            for group in walk(manifest.folder / shard.name):
-                _write_group(out / IMAGES_NAME, manifest, group, written)
-                texts.writelines(_rows(json.loads(group.members["json"])))
+            with manifest.store.open(shard.name, shard.sha256, shard.bytes) as file:
+                for group in walk(file):
+                    _write_group(out / IMAGES_NAME, manifest, group, written)
+                    texts.writelines(_rows(json.loads(group.members["json"])))
     unfinished.replace(out / TEXTS_NAME)
     return len(written)
 
