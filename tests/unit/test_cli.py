@@ -100,7 +100,7 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str
         ("data.lanes=0", "data.lanes: 0 does not do: give 1 or more"),
         ("data.lanes=[", "data.lanes: '[' is not YAML"),
         ("seed.x=1", "seed.x: seed is 10, not a group of keys"),
-        ("tasks.0.objective=mlmm", "objective 'mlmm' is not one of itm, mlm,"),
+        ("tasks.0.objective=mlmm", "objective 'mlmm' is not one of gqa, itm, mlm,"),
         ("tasks.0.data=demos", "tasks.0.data: 'demos' does not do: data.sets has ['demo']"),
         ("engine.name=horovod", "engine.name: 'horovod' is not one of torch, deepspeed"),
         ("model.preset=bert", "model.preset: 'bert' is not one of"),
