@@ -121,6 +121,8 @@ class RetrievalConfig:
 class ObjectivesConfig:
     """Settings of the objectives; only those named under `tasks` are built."""
 
+    # what mlm, mrfr, mrc and mrckl read: a text alone, or a VCR question with its right answer and rationale
+    text: Literal["plain", "vcr"] = "plain"
     mlm: MaskingConfig = MaskingConfig()
     mrm: RegionMaskingConfig = RegionMaskingConfig()
     itm: ItmConfig = ItmConfig()

@@ -24,7 +24,7 @@ from villa_ds.tensor_files import read_weights
 FUSED, PARTS = ".qkv.", (".query.", ".key.", ".value.")
 FOREIGN_PREFIXES = ("bert",)  # BERT's, and published VILLA checkpoints'
 BESIDE = ".beside."
-WORD_HEAD = "cls.predictions."
+WORD_BIAS, WORD_DECODER = "cls.predictions.bias", "cls.predictions.decoder.weight"  # one for each word
 LEGACY_NAMES = {"gamma": "weight", "beta": "bias"}
 BERT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -146,10 +146,13 @@ def _adapted(
         adapted[types] = torch.cat([given[types], given[types][added]])
         _log.info("%s: %d rows added, copies of %s", types, len(added), added)
     if words in given and 0 < adaptation.new_words == len(own[words]) - len(given[words]):
-        adapted[words] = torch.cat([given[words], own[words][len(given[words]) :].to(given[words].dtype)])
-        _log.info("%s: %d rows added, as initialised", words, adaptation.new_words)
-        # With another number of words the release makes its masked-language head anew.
-        adapted = {name: value for name, value in adapted.items() if not name.startswith(WORD_HEAD)}
+        # The release makes its masked-language head anew where words are added; here it grows with them.
+        for name in (words, WORD_BIAS):
+            if name in given and name in own:
+                adapted[name] = torch.cat([given[name], own[name][len(given[name]) :].to(given[name].dtype)])
+                _log.info("%s: %d rows added, as initialised", name, adaptation.new_words)
+        if WORD_DECODER in given:
+            adapted[WORD_DECODER] = adapted[words]
     for name, (source, row) in adaptation.copied_rows.items():
         if name in own and name not in given and source in given:
             adapted[name] = given[source][row : row + 1]

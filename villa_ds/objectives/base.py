@@ -6,7 +6,7 @@ encoded states into a loss. An objective holds settings, never parameters: heads
 
 import abc
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -123,11 +123,30 @@ def symmetric_kl(logits: Tensor, other: Tensor) -> Tensor:
 def require_types(backbone: Backbone, objective: Objective) -> None:
     """ConfigError unless the model has the token types that `objective` uses."""
     rows, wanted = backbone.sizes.type_vocab_size, len(objective.adaptation.type_rows)
-    if rows != wanted:
+    if rows < wanted:
         raise ConfigError(
             f"model.type_vocab_size: {rows!r} does not do: objective {objective.name!r} has {wanted} token types; "
-            f"set it to {wanted} (smaller pre-trained tables are grown)"
+            f"set it to {wanted}, or leave it out (smaller pre-trained tables are grown)"
         )
+
+
+def common_type_rows(objectives: Iterable[Objective]) -> tuple[int, ...]:
+    """For each row of the token type table the row that it starts from, such that it suits all `objectives`.
+
+    ConfigError if two of them use a row for different things.
+    """
+    common: tuple[int, ...] = ()
+    owner = ""
+    for objective in objectives:
+        rows = objective.adaptation.type_rows
+        if any(mine != other for mine, other in zip(rows, common, strict=False)):
+            raise ConfigError(
+                f"tasks: objectives {owner!r} and {objective.name!r} use the rows of the token type table for "
+                "different things: train them in runs of their own"
+            )
+        if len(rows) > len(common):
+            common, owner = rows, objective.name
+    return common
 
 
 Builder = Callable[[str, ObjectivesConfig, Manifest], Objective]

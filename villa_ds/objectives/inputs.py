@@ -1,13 +1,22 @@
 """What every objective's `prepare` starts from: the pair in the reference's single-sequence form."""
 
+import dataclasses
+from collections.abc import Sequence
+from typing import cast
+
 import numpy as np
+from numpy.typing import NDArray
 
 from villa_ds.batch import Example, ImageSpan, Regions, Sample
+from villa_ds.config_objectives import ObjectivesConfig
 from villa_ds.data.manifest import Vocabulary
 from villa_ds.data.sizes import IntArray, PairSizes
 from villa_ds.errors import DataError
+from villa_ds.models.weights import Adaptation
 
 TEXT_TYPE, REGION_TYPE = 0, 1  # rows of the token type table
+ANSWER_TYPE, RATIONALE_TYPE = 2, 3  # VCR's
+VCR_TYPE_ROWS = (0, 1, 0, 0)  # what these start from
 
 
 def plain_example(sample: Sample, regions: Regions, vocabulary: Vocabulary) -> Example:
@@ -33,6 +42,68 @@ def choice_sizes(sizes: PairSizes) -> tuple[IntArray, IntArray]:
             "sets said so; write it again with `villa-ds shards`"
         )
     return sizes.answer, sizes.rationale
+
+
+class TextLayout:
+    """What the masked objectives read of a sample: its text."""
+
+    adaptation = Adaptation()
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+
+    def own_text(self, sizes: PairSizes) -> IntArray:
+        """[P] word pieces and inner separators."""
+        return sizes.text
+
+    def segments(self, sample: Sample) -> list[tuple[NDArray[np.int64], int]]:
+        """Word pieces and token type of the segments of the text; each ends with a separator of its type."""
+        return [(sample.word_pieces.astype(np.int64), TEXT_TYPE)]
+
+    def example(self, sample: Sample) -> Example:
+        """[CLS] and the segments, with the sample's regions; nothing masked, no targets."""
+        pieces, types = [np.array([self.vocabulary.cls])], [np.array([TEXT_TYPE])]
+        for segment, type_ in self.segments(sample):
+            pieces += [segment, np.array([self.vocabulary.sep])]
+            types.append(np.full(len(segment) + 1, type_))
+        return dataclasses.replace(
+            plain_example(sample, sample.regions, self.vocabulary),
+            input_ids=np.concatenate(pieces).astype(np.int64),
+            token_types=np.concatenate(types).astype(np.int64),
+        )
+
+
+class AnsweredQuestion(TextLayout):
+    """VCR's second stage of pre-training: a question with its right answer and the right rationale (UNITER, 4.1).
+
+    The release builds a task without the rationale besides, but its loader is replaced by the one with it.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, new_words: int) -> None:
+        super().__init__(vocabulary)
+        self.adaptation = Adaptation(type_rows=VCR_TYPE_ROWS, new_words=new_words)
+
+    def own_text(self, sizes: PairSizes) -> IntArray:
+        """[P] question, longest answer and longest rationale, with separators between."""
+        answer, rationale = choice_sizes(sizes)
+        return sizes.text + 1 + answer + 1 + rationale
+
+    def segments(self, sample: Sample) -> list[tuple[NDArray[np.int64], int]]:
+        """Question, answer, rationale; `DataError` if the sample does not tell which are right."""
+        found = super().segments(sample)
+        for key, type_ in (("answer", ANSWER_TYPE), ("rationale", RATIONALE_TYPE)):
+            choices, right = cast(Sequence[Sequence[int]], sample.target.get(f"{key}s", ())), sample.target.get(key)
+            if not isinstance(right, int) or not 0 <= right < len(choices) or not choices[right]:
+                raise DataError(
+                    f"sample {sample.id!r}: no right {key} among {len(choices)}; objectives.text=vcr needs it"
+                )
+            found.append((np.array(choices[right], dtype=np.int64), type_))
+        return found
+
+
+def text_layout(settings: ObjectivesConfig, vocabulary: Vocabulary) -> TextLayout:
+    """The layout that `objectives.text` names."""
+    return AnsweredQuestion(vocabulary, settings.vcr.new_words) if settings.text == "vcr" else TextLayout(vocabulary)
 
 
 def image_regions(regions: Regions, place: int) -> Regions:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
 from villa_ds.config_objectives import MaskingConfig, ObjectivesConfig
 from villa_ds.data.manifest import Manifest, Vocabulary
+from villa_ds.data.sizes import IntArray, PairSizes
 from villa_ds.errors import DataError
 from villa_ds.models.backbone import Backbone
 from villa_ds.models.layers import initialize, make_layer_norm
-from villa_ds.objectives.base import Objective, Sums, register
-from villa_ds.objectives.inputs import plain_example
+from villa_ds.objectives.base import Objective, Sums, register, require_types
+from villa_ds.objectives.inputs import TextLayout, text_layout
 from villa_ds.objectives.reductions import total, widen
 from villa_ds.rng import Stream
 
@@ -110,26 +111,41 @@ class MaskedLanguageModeling(Objective):
     head_name = "cls"
     reads = Reads.SLOTS
 
-    def __init__(self, vocabulary: Vocabulary, settings: MaskingConfig) -> None:
+    def __init__(self, vocabulary: Vocabulary, settings: MaskingConfig, layout: TextLayout | None = None) -> None:
         self.vocabulary = vocabulary
         self.settings = settings
+        self.layout = layout or TextLayout(vocabulary)
+        self.adaptation = self.layout.adaptation
+
+    def own_text(self, sizes: PairSizes) -> IntArray:
+        """[P] the layout's."""
+        return self.layout.own_text(sizes)
 
     def prepare(self, sample: Sample, stream: Stream) -> Example:
-        """Mask word pieces; all regions stay visible. A text without word pieces is a `DataError`."""
-        count = len(sample.word_pieces)
-        if count == 0:
+        """Mask word pieces, in each segment of the text by itself; all regions stay visible.
+
+        A text without word pieces is a `DataError`.
+        """
+        if len(sample.word_pieces) == 0:
             raise DataError(f"sample {sample.id!r}: the text has no word pieces to mask; leave it out of the shards")
-        plain = plain_example(sample, sample.regions, self.vocabulary)
-        pieces = plain.input_ids[1:-1].copy()
-        low = self.vocabulary.random_low
-        uniforms, replacements = stream.uniform(count), low + stream.integers(count, self.vocabulary.size - low)
-        plain.input_ids[1:-1], selected = mask_word_pieces(
-            pieces, uniforms, replacements, self.vocabulary.mask, self.settings
-        )
-        return dataclasses.replace(plain, read_text=selected + 1, targets={"word_pieces": pieces[selected]})
+        example = self.layout.example(sample)
+        low, start = self.vocabulary.random_low, 1
+        read, originals = [], []
+        for pieces, _ in self.layout.segments(sample):
+            count = len(pieces)
+            uniforms, replacements = stream.uniform(count), low + stream.integers(count, self.vocabulary.size - low)
+            example.input_ids[start : start + count], selected = mask_word_pieces(
+                pieces, uniforms, replacements, self.vocabulary.mask, self.settings
+            )
+            read.append(start + selected)
+            originals.append(pieces[selected])
+            start += count + 1
+        targets = {"word_pieces": np.concatenate(originals)}
+        return dataclasses.replace(example, read_text=np.concatenate(read), targets=targets)
 
     def build_head(self, backbone: Backbone) -> nn.Module:
         """The head, its decoder tied to the word embedding."""
+        require_types(backbone, self)
         return MlmHead(backbone)
 
     def loss(self, head: nn.Module, encoded: Encoded, batch: Batch) -> LossOutput:
@@ -149,4 +165,4 @@ class MaskedLanguageModeling(Objective):
 
 @register("mlm")
 def _build(_: str, settings: ObjectivesConfig, manifest: Manifest) -> Objective:
-    return MaskedLanguageModeling(manifest.vocabulary, settings.mlm)
+    return MaskedLanguageModeling(manifest.vocabulary, settings.mlm, text_layout(settings, manifest.vocabulary))

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
 from villa_ds.config_objectives import ObjectivesConfig
 from villa_ds.data.manifest import Manifest, Vocabulary
+from villa_ds.data.sizes import IntArray, PairSizes
 from villa_ds.errors import ConfigError, DataError
 from villa_ds.models.backbone import Backbone
 from villa_ds.models.layers import initialize, make_layer_norm
 from villa_ds.objectives.base import Objective, Sums, register, symmetric_kl
-from villa_ds.objectives.inputs import plain_example
+from villa_ds.objectives.inputs import TextLayout, text_layout
 from villa_ds.objectives.reductions import total, widen
 from villa_ds.rng import Stream
 
@@ -84,9 +85,14 @@ class _MaskedRegions(Objective):
 
     reads = Reads.SLOTS
 
-    def __init__(self, vocabulary: Vocabulary, probability: float) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self, vocabulary: Vocabulary, probability: float, layout: TextLayout | None = None) -> None:
+        self.layout = layout or TextLayout(vocabulary)
+        self.adaptation = self.layout.adaptation
         self.probability = probability
+
+    def own_text(self, sizes: PairSizes) -> IntArray:
+        """[P] the layout's."""
+        return self.layout.own_text(sizes)
 
     def prepare(self, sample: Sample, stream: Stream) -> Example:
         """Zero the features of masked regions (the model adds its mask embedding); boxes stay visible.
@@ -98,7 +104,7 @@ class _MaskedRegions(Objective):
             raise DataError(f"sample {sample.id!r}: the image has no regions to mask; leave it out of the shards")
         uniforms, forced = stream.uniform(count), int(stream.integers(1, count)[0])
         masked = mask_regions(uniforms, forced, self.probability)
-        plain = plain_example(sample, sample.regions, self.vocabulary)
+        plain = self.layout.example(sample)
         features = plain.features.copy()
         features[masked] = 0
         region_mask = np.zeros(count, dtype=np.bool_)
@@ -151,8 +157,10 @@ class _RegionClassification(_MaskedRegions):
 
     head_name = "region_classifier"
 
-    def __init__(self, vocabulary: Vocabulary, probability: float, classes: int) -> None:
-        super().__init__(vocabulary, probability)
+    def __init__(
+        self, vocabulary: Vocabulary, probability: float, classes: int, layout: TextLayout | None = None
+    ) -> None:
+        super().__init__(vocabulary, probability, layout)
         self.classes = classes
 
     def build_head(self, backbone: Backbone) -> nn.Module:
@@ -228,13 +236,13 @@ class MaskedRegionDistribution(_RegionClassification):
 
 @register("mrfr", "mrc", "mrckl")
 def _build(name: str, settings: ObjectivesConfig, manifest: Manifest) -> Objective:
-    probability = settings.mrm.probability
+    probability, layout = settings.mrm.probability, text_layout(settings, manifest.vocabulary)
     if name == "mrfr":
-        return MaskedFeatureRegression(manifest.vocabulary, probability)
+        return MaskedFeatureRegression(manifest.vocabulary, probability, layout)
     if manifest.detector_classes < 2:
         raise ConfigError(
             f"objective {name!r} needs detector labels, which {manifest.store} does not hold; "
             "convert the set with labels, or take mrfr"
         )
     form = MaskedRegionClassification if name == "mrc" else MaskedRegionDistribution
-    return form(manifest.vocabulary, probability, manifest.detector_classes)
+    return form(manifest.vocabulary, probability, manifest.detector_classes, layout)

@@ -23,13 +23,12 @@ from villa_ds.models.backbone import Backbone
 from villa_ds.models.weights import Adaptation
 from villa_ds.objectives.base import UNLABELLED, Objective, Rows, Sums, register, require_types, symmetric_kl
 from villa_ds.objectives.heads import two_layer_head
-from villa_ds.objectives.inputs import choice_sizes, plain_example
+from villa_ds.objectives.inputs import ANSWER_TYPE, RATIONALE_TYPE, VCR_TYPE_ROWS, choice_sizes, plain_example
 from villa_ds.objectives.reductions import total, widen
 from villa_ds.objectives.submissions import in_numeric_order
 from villa_ds.rng import Stream
 
 CHOICES = 4
-ANSWER_TYPE, RATIONALE_TYPE = 2, 3  # rows of the token type table; the question has the text's, the regions theirs
 ANSWER, RATIONALE = "answer", "rationale"
 NO_LABEL = -1
 QUESTIONS = {"qa": (ANSWER,), "qar": (RATIONALE,), "both": (ANSWER, RATIONALE)}
@@ -58,7 +57,7 @@ class VisualCommonsenseReasoning(Objective):
         self.questions = QUESTIONS[settings.questions]
         self.settings = settings
         self.rows = CHOICES * len(self.questions)
-        self.adaptation = Adaptation(type_rows=(0, 1, 0, 0), new_words=settings.new_words)
+        self.adaptation = Adaptation(type_rows=VCR_TYPE_ROWS, new_words=settings.new_words)
 
     def held_out(self) -> Objective:
         """Rationales follow every answer in turn if that is asked for."""

@@ -1,5 +1,6 @@
 """The one module that an engine wraps: a backbone and the heads of its objectives."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 from typing import cast
@@ -13,7 +14,9 @@ from villa_ds.errors import ConfigError
 from villa_ds.models.backbone import Backbone, builder_of
 from villa_ds.models.presets import resolve_sizes
 from villa_ds.models.weights import reference_names
-from villa_ds.objectives.base import Objective
+from villa_ds.objectives.base import Objective, common_type_rows
+
+TEXT_AND_REGIONS = 2  # token types of every backbone
 
 
 class TrainModule(nn.Module):
@@ -75,7 +78,12 @@ def _added(embedding: Tensor, perturbation: Tensor | None) -> Tensor:
 def build_module(config: ModelConfig, objectives: Iterable[Objective], manifest: Manifest) -> TrainModule:
     """Build and initialise, from torch's default generator, the module that trains `objectives`.
 
-    Vocabulary size and feature width are those of `manifest`.
+    Vocabulary size and feature width are those of `manifest`; token types are as many as the objectives use, unless
+    the recipe says how many.
     """
+    objectives = list(objectives)
+    types = len(common_type_rows(objectives))
+    if config.type_vocab_size is None and types > TEXT_AND_REGIONS:
+        config = dataclasses.replace(config, type_vocab_size=types)
     sizes = resolve_sizes(config, manifest.vocabulary.size, manifest.feature_width)
     return TrainModule(builder_of(config.backbone)(sizes), objectives)
