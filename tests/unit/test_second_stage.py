@@ -1,5 +1,6 @@
 """VCR's second stage of pre-training, and fine-tuning of every task from one pre-trained run."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ WORDS = "uniter.embeddings.word_embeddings.weight"
 def story(**changes: object) -> Sample:
     sample = tiny_sample(1)
     target: dict[str, object] = {
-        "answers": [[20], [21, 22], [23], [24]], "rationales": [[30], [31], [32, 33], [34]], "answer": 1, "rationale": 2,
+        "answers": [[20], [21, 22], [23], [24]], "rationales": [[30], [31], [32, 33], [34]],
+        "answer": 1, "rationale": 2,
     }  # fmt: skip
     return Sample(sample.id, sample.word_pieces, sample.regions, target | changes)
 
@@ -48,7 +50,7 @@ def test_layout(name: str) -> None:
             seen[place] = piece
         ends = np.cumsum([1, len(question) + 1, 3, 3])
         assert all(((example.read_text >= low) & (example.read_text < high - 1)).any()
-                   for low, high in zip(ends[:-1], ends[1:], strict=True))  # fmt: skip
+                   for low, high in pairwise(ends.tolist()))  # fmt: skip
     assert seen == [2, *question, 3, 21, 22, 3, 32, 33, 3]
     assert example.token_types.tolist() == [0] * (len(question) + 2) + [2, 2, 2, 3, 3, 3]
 
