@@ -31,6 +31,7 @@ def _add_conversions(actions: "Actions") -> None:
     action.add_argument("out", type=Path)
     action.add_argument("--images", type=positive, default=None, help="take this many training images only")
     action.add_argument("--processes", type=positive, default=None, help="worker processes")
+    action.add_argument("--benchmark", action="store_true", help="also the scenes of docs/demo-benchmark.md")
     action.set_defaults(run=_demo)
     action = actions.add_parser("from-uniter-lmdb", help="shards from UNITER's image and text data bases")
     action.add_argument("--images", required=True, metavar="IMG_DB", help="an LMDB folder; for VCR two, joined by ';'")
@@ -241,9 +242,11 @@ def positive(text: str) -> int:
 
 
 def _demo(parsed: argparse.Namespace) -> int:
-    from villa_ds.data.convert.easy_vqa import demo  # noqa: PLC0415
-
-    demo(parsed.out, images=parsed.images, processes=parsed.processes)
+    if parsed.benchmark:
+        from villa_ds.data.convert.benchmark import demo_with_benchmark as make  # noqa: PLC0415
+    else:
+        from villa_ds.data.convert.easy_vqa import demo as make  # noqa: PLC0415
+    make(parsed.out, images=parsed.images, processes=parsed.processes)
     return 0
 
 

@@ -12,7 +12,6 @@ A scene is a tile of two by two places with an image each, or none; regions and 
 the tile. Images are divided over the parts as in the demo's sets: a test image is in test scenes alone.
 """
 
-import importlib.metadata
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from villa_ds.data.convert.easy_vqa import SEED, SHARD_GROUPS, VOCABULARY_SIZE, Photo
+from villa_ds.data.convert.easy_vqa import (
+    SEED,
+    SHARD_GROUPS,
+    VOCABULARY_SIZE,
+    Material,
+    Photo,
+    empty_folder,
+    extract_material,
+    set_info,
+    write_demo,
+)
 from villa_ds.data.convert.extractor import ExtractedRegions, read_picture
-from villa_ds.data.convert.regions import PixelRegionExtractor
 from villa_ds.data.convert.scene_texts import (
     ANSWERS,
     MENTIONS,
@@ -42,7 +50,7 @@ from villa_ds.data.convert.statements import facts_of
 from villa_ds.data.manifest import Manifest
 from villa_ds.data.progress import with_progress
 from villa_ds.data.wordpiece import WordPieces
-from villa_ds.data.writer import Group, Image, SetInfo, ShardWriter, Text
+from villa_ds.data.writer import Group, Image, ShardWriter, Text
 from villa_ds.errors import DataError
 from villa_ds.rng import Stream
 
@@ -65,6 +73,7 @@ class SceneTask:
     texts_of: TextsOf | None = None  # None: pairs of scenes
     answers: Sequence[str] = ()
     annotated: bool = False  # one region a thing, the annotated one; otherwise the detected ones
+    mentions: Sequence[str] = ()  # word pieces for things, after the vocabulary's; annotated regions are stored too
 
 
 TASKS = (
@@ -72,7 +81,7 @@ TASKS = (
     SceneTask("scenes-vqa", {"train": 1200, "validation": 300, "test": 600}, 6, (2, 3, 4), questions, ANSWERS),
     SceneTask("ve", {"train": 1200, "validation": 300, "test": 600}, 6, (2, 3, 4), hypotheses, RELATIONS),
     SceneTask("nlvr2", {"train": 2400, "validation": 600, "test": 1600}, 1, (2, 3)),
-    SceneTask("vcr", {"train": 1000, "validation": 200, "test": 600}, 3, (4,), choices),
+    SceneTask("vcr", {"train": 1000, "validation": 200, "test": 600}, 3, (4,), choices, mentions=MENTIONS),
     SceneTask("re", {"train": 1000, "validation": 200, "test": 600}, 5, (3, 4), expressions, annotated=True),
     SceneTask("re-detected", {"validation": 200, "test": 600}, 5, (3, 4), expressions),
     SceneTask("retrieval", {"train": 2000, "validation": 300, "test": 600}, 2, (2, 3), captions),
@@ -93,36 +102,27 @@ class Tile:
         return f"easy_vqa/{split}/{'+'.join('-' if photo is None else str(photo.number) for photo in self.photos)}"
 
 
-def write_benchmark(
-    out: Path,
-    photos: Sequence[Photo],
-    regions: Mapping[str, ExtractedRegions],
-    extractor: PixelRegionExtractor,
-    images: int | None,
+def demo_with_benchmark(
+    out: str | Path, images: int | None = None, processes: int | None = None
 ) -> dict[str, Manifest]:
-    """Write the sets of `TASKS` under `out`; returns their manifests by name, such as "ve/test".
+    """Write the demo's sets and the benchmark's under `out`; returns their manifests by name, such as "ve/test".
 
-    `extractor` has detector classes; `regions` are those of every photo by its key.
+    Parameters as for `easy_vqa.demo`; a limit on images shrinks the benchmark's sets in proportion.
     """
-    share = 1.0 if images is None else images / TRAINING_IMAGES
-    builder = _Builder(photos, regions, extractor, share)
+    out = empty_folder(out)
+    material = extract_material("villa-ds shards demo --benchmark", images, processes)
+    return write_demo(out, material) | write_benchmark(out, material)
+
+
+def write_benchmark(out: Path, material: Material) -> dict[str, Manifest]:
+    """Write the sets of `TASKS`. Their vocabulary is their own: of what the training scenes' texts say."""
+    builder = _Builder(material)
     word_pieces = WordPieces.train(builder.training_texts(), VOCABULARY_SIZE)
-    command = "villa-ds shards demo --benchmark" + ("" if images is None else f" --images {images}")
     manifests = {}
     for task in TASKS:
-        pieces = (*word_pieces.pieces, *(MENTIONS if task.name == "vcr" else ()))
         for part in task.groups:
             name = f"{task.name}/{part}"
-            info = SetInfo(
-                pieces=pieces,
-                feature_width=extractor.feature_width,
-                extractor=extractor.fingerprint,
-                source=f"easy-vqa {importlib.metadata.version('easy-vqa')}, scenes, {name}",
-                command=command,
-                detector_classes=extractor.detector_classes,
-                label_format="dense",
-                answers=tuple(task.answers),
-            )
+            info = set_info(name, material, (*word_pieces.pieces, *task.mentions), task.answers)
             with ShardWriter(out / task.name / part, info, shard_groups=SHARD_GROUPS) as writer:
                 groups = builder.groups(task, part, word_pieces)
                 for group in with_progress(groups, builder.count(task, part), f"writing {name}"):
@@ -159,18 +159,12 @@ Scenario = tuple[str, list[Tile], list[SceneText]]  # key, one tile or a left an
 class _Builder:
     """Scenarios and groups of every set."""
 
-    def __init__(
-        self,
-        photos: Sequence[Photo],
-        regions: Mapping[str, ExtractedRegions],
-        extractor: PixelRegionExtractor,
-        share: float,
-    ) -> None:
-        self._regions = regions
-        self._extractor = extractor
-        self._share = share
+    def __init__(self, material: Material) -> None:
+        self._material = material
+        self._share = 1.0 if material.images is None else material.images / TRAINING_IMAGES
         self._pools = {
-            part: _Pool([photo for photo in photos if photo.part == part]) for part in ("train", "validation", "test")
+            part: _Pool([photo for photo in material.photos if photo.part == part])
+            for part in ("train", "validation", "test")
         }
         self._labelled: dict[str, ExtractedRegions] = {}
         self._annotated: dict[str, tuple[NDArray[np.float32], int]] = {}
@@ -208,10 +202,8 @@ class _Builder:
         """The scenarios with their regions and word pieces."""
         for key, tiles, rows in self.scenarios(task, part):
             images = [self._image(tile, annotated=task.annotated) for tile in tiles]
-            if task.name == "vcr":
+            if task.mentions:
                 images.insert(0, self._image(tiles[0], annotated=True, suffix="/annotated"))
-            if len({image.name for image in images}) < len(images):  # a pair of the same tile twice
-                images = [Image(f"{i.name}/{place}", i.features, i.boxes, i.labels) for place, i in enumerate(images)]
             texts = [
                 Text(
                     f"{key}-{place}",
@@ -224,27 +216,20 @@ class _Builder:
             yield Group(key, images, texts)
 
     def _image(self, tile: Tile, annotated: bool, suffix: str = "") -> Image:
-        found = [(place, self._of(photo)) for place, photo in enumerate(tile.photos) if photo is not None]
-        rows = [
-            [self._box_of(photo)[1]] if annotated else list(range(min(REGIONS, len(self._of(photo).features))))
-            for photo in tile.photos
-            if photo is not None
-        ]
-        labels = [
-            regions.labels[row] for (_, regions), row in zip(found, rows, strict=True) if regions.labels is not None
-        ]
-        return Image(
-            tile.name + suffix,
-            np.concatenate([regions.features[row] for (_, regions), row in zip(found, rows, strict=True)]),
-            np.concatenate(
-                [in_tile(regions.boxes[row], place) for (place, regions), row in zip(found, rows, strict=True)]
-            ),
-            np.concatenate(labels),
-        )
+        features, boxes, labels = [], [], []
+        for place, photo in enumerate(tile.photos):
+            if photo is not None:
+                found = self._of(photo)
+                rows = [self._box_of(photo)[1]] if annotated else slice(REGIONS)
+                features.append(found.features[rows])
+                boxes.append(in_tile(found.boxes[rows], place))
+                if found.labels is not None:
+                    labels.append(found.labels[rows])
+        return Image(tile.name + suffix, *map(np.concatenate, (features, boxes, labels)))
 
     def _of(self, photo: Photo) -> ExtractedRegions:
         if photo.key not in self._labelled:
-            self._labelled[photo.key] = self._extractor.labelled(self._regions[photo.key])
+            self._labelled[photo.key] = self._material.extractor.labelled(self._material.regions[photo.key])
         return self._labelled[photo.key]
 
     def _box_of(self, photo: Photo) -> tuple[NDArray[np.float32], int]:
@@ -278,7 +263,7 @@ def _pair(pool: _Pool, fillings: Sequence[int], part: str, number: int) -> tuple
     draw = Draw(Stream(SEED, "pair", part, number))
     while True:
         left, right = pool.draw(draw, fillings), pool.draw(draw, fillings)
-        if holds(left.scene, right.scene) == bool(wanted):
+        if left.name != right.name and holds(left.scene, right.scene) == bool(wanted):
             return [left, right], [SceneText(text, {"label": wanted})]
 
 

@@ -63,38 +63,66 @@ TextRow = tuple[str, str, dict[str, object]]  # id, text, target
 TextsOf = Callable[[Photo], list[TextRow]]
 
 
+@dataclass(frozen=True)
+class Material:
+    """What all sets of one command are made of."""
+
+    photos: Sequence[Photo]
+    regions: Mapping[str, ExtractedRegions]  # by the photo's key
+    extractor: PixelRegionExtractor  # with the detector classes of the training photos
+    images: int | None  # the limit that was given
+    command: str
+
+
 def demo(out: str | Path, images: int | None = None, processes: int | None = None) -> dict[str, Manifest]:
     """Write the demo's shard sets under `out`; returns their manifests by name (SETS).
 
     `images` takes only the first so many training images and a quarter as many test images. The bytes written do not
     depend on `processes` (default: one a CPU). DataError if `out` holds anything.
     """
+    out = empty_folder(out)
+    return write_demo(out, extract_material("villa-ds shards demo", images, processes))
+
+
+def empty_folder(out: str | Path) -> Path:
+    """`out`; DataError if it holds anything."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: exists and is not an empty folder; give another one, or delete it first")
+    return out
+
+
+def extract_material(command: str, images: int | None, processes: int | None) -> Material:
+    """Photos with their regions, and the extractor; parameters as for `demo`."""
     photos = read_package(images)
     extractor = PixelRegionExtractor()
     regions = extract_all(extractor, photos, processes)
+    training = [regions[photo.key] for photo in photos if photo.part == "train"]
+    extractor = extractor.fitted(training, DETECTOR_CLASSES, SEED)
+    return Material(photos, regions, extractor, images, command + ("" if images is None else f" --images {images}"))
+
+
+def write_demo(out: Path, material: Material) -> dict[str, Manifest]:
+    """Write SETS and the extractor."""
     texts_of: dict[str, TextsOf] = {
         "pretrain": statement_rows,
         "vqa": functools.partial(question_rows, answers=easy_vqa.get_answers()),
     }
-    training = [photo for photo in photos if photo.part == "train"]
-    extractor = extractor.fitted([regions[photo.key] for photo in training], DETECTOR_CLASSES, SEED)
+    training = [photo for photo in material.photos if photo.part == "train"]
     word_pieces = WordPieces.train(
         [text for rows_of in texts_of.values() for photo in training for _, text, _ in rows_of(photo)], VOCABULARY_SIZE
     )
     manifests = {}
     for name in SETS:
         task, _, part = name.partition("/")
-        chosen = [photo for photo in photos if photo.part == part]
-        groups = _groups(chosen, texts_of[task], regions, extractor, word_pieces)
-        info = _set_info(name, extractor, word_pieces, images)
+        chosen = [photo for photo in material.photos if photo.part == part]
+        groups = _groups(chosen, texts_of[task], material, word_pieces)
+        info = set_info(name, material, word_pieces.pieces, easy_vqa.get_answers() if task == "vqa" else ())
         with ShardWriter(out / task / part, info, shard_groups=SHARD_GROUPS) as writer:
             for group in with_progress(groups, len(chosen), f"writing {name}"):
                 writer.add(group)
         manifests[name] = writer.manifest
-    extractor.save(out / FILE_NAME)
+    material.extractor.save(out / FILE_NAME)
     return manifests
 
 
@@ -146,15 +174,9 @@ def question_rows(photo: Photo, answers: Sequence[str]) -> list[TextRow]:
     ]
 
 
-def _groups(
-    photos: Sequence[Photo],
-    rows_of: TextsOf,
-    regions: Mapping[str, ExtractedRegions],
-    extractor: PixelRegionExtractor,
-    word_pieces: WordPieces,
-) -> Iterator[Group]:
+def _groups(photos: Sequence[Photo], rows_of: TextsOf, material: Material, word_pieces: WordPieces) -> Iterator[Group]:
     for photo in photos:
-        found = extractor.labelled(regions[photo.key])
+        found = material.extractor.labelled(material.regions[photo.key])
         image = Image(f"easy_vqa/{photo.split}/{photo.number}.png", found.features, found.boxes, found.labels)
         texts = [
             Text(identifier, text, word_pieces.encode(text), target) for identifier, text, target in rows_of(photo)
@@ -162,14 +184,15 @@ def _groups(
         yield Group(photo.key, [image], texts)
 
 
-def _set_info(name: str, extractor: PixelRegionExtractor, word_pieces: WordPieces, images: int | None) -> SetInfo:
+def set_info(name: str, material: Material, pieces: Sequence[str], answers: Sequence[str]) -> SetInfo:
+    """The record of the set `name`."""
     return SetInfo(
-        pieces=word_pieces.pieces,
-        feature_width=extractor.feature_width,
-        extractor=extractor.fingerprint,
+        pieces=pieces,
+        feature_width=material.extractor.feature_width,
+        extractor=material.extractor.fingerprint,
         source=f"easy-vqa {importlib.metadata.version('easy-vqa')}, {name}",
-        command="villa-ds shards demo" + ("" if images is None else f" --images {images}"),
-        detector_classes=extractor.detector_classes,
+        command=material.command,
+        detector_classes=material.extractor.detector_classes,
         label_format="dense",
-        answers=easy_vqa.get_answers() if name.startswith("vqa/") else (),
+        answers=tuple(answers),
     )
