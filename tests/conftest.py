@@ -11,11 +11,11 @@ from villa_ds.data.manifest import Manifest
 
 @pytest.fixture(scope="session")
 def whole_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mapping[str, Manifest]]:
-    """All of `villa-ds shards demo`, made once (a minute or two): its folder, and its manifests by set."""
-    from villa_ds.data.convert.easy_vqa import demo
+    """All of `villa-ds shards demo --benchmark`, made once (two minutes): its folder, and its manifests by set."""
+    from villa_ds.data.convert.benchmark import demo_with_benchmark
 
     folder = tmp_path_factory.mktemp("demo") / "shards"
-    return folder, demo(folder)
+    return folder, demo_with_benchmark(folder)
 
 
 @pytest.fixture(autouse=True)

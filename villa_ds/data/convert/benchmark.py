@@ -57,6 +57,8 @@ from villa_ds.rng import Stream
 TRAINING_IMAGES = 4000  # of the package; with fewer, all sets shrink in proportion
 REGIONS = 2  # of each image, the most object-like ones
 TILE = 128  # pixels: a scene's side, twice an image's
+PAIRS_A_LABEL = 2  # pairs of scenes that a statement is true of, and as many that it is false of
+PAIR_TRIES = 400
 CONTRAST = 40  # of 255 in a colour channel: what differs more from the border's median belongs to the shape
 
 TextsOf = Callable[[Scene, Draw, int], list[SceneText]]
@@ -80,7 +82,7 @@ TASKS = (
     SceneTask("scenes-pretrain", {"train": 4000, "validation": 300}, 10, (1, 1, 1, 1, 2, 2, 2, 3, 4), statements),
     SceneTask("scenes-vqa", {"train": 1200, "validation": 300, "test": 600}, 6, (2, 3, 4), questions, ANSWERS),
     SceneTask("ve", {"train": 1200, "validation": 300, "test": 600}, 6, (2, 3, 4), hypotheses, RELATIONS),
-    SceneTask("nlvr2", {"train": 2400, "validation": 600, "test": 1600}, 1, (2, 3)),
+    SceneTask("nlvr2", {"train": 4000, "validation": 600, "test": 1600}, 1, (2, 3)),
     SceneTask("vcr", {"train": 1000, "validation": 200, "test": 600}, 3, (4,), choices, mentions=MENTIONS),
     SceneTask("re", {"train": 1000, "validation": 200, "test": 600}, 5, (3, 4), expressions, annotated=True),
     SceneTask("re-detected", {"validation": 200, "test": 600}, 5, (3, 4), expressions),
@@ -187,12 +189,14 @@ class _Builder:
         pool, origin = self._pools[part], task.name.removesuffix("-detected")
         if not pool.by_colour:
             raise DataError(f"no {part} image of known colour and shape among so few; give more --images")
+        pairs: list[tuple[list[Tile], list[SceneText]]] = []
         for number in range(self.count(task, part)):
             key = f"{part}-{number:05d}"
-            draw = Draw(Stream(SEED, "scene", origin, part, number))
             if task.texts_of is None:
-                yield key, *_pair(pool, task.fillings, part, number)
+                pairs = pairs or _pairs(pool, task.fillings, part, number // (2 * PAIRS_A_LABEL))
+                yield key, *pairs.pop(0)
                 continue
+            draw = Draw(Stream(SEED, "scene", origin, part, number))
             tile = pool.draw(draw, task.fillings)
             while not (texts := task.texts_of(tile.scene, draw, task.texts)):
                 tile = pool.draw(draw, task.fillings)
@@ -256,15 +260,26 @@ class _Builder:
         return target
 
 
-def _pair(pool: _Pool, fillings: Sequence[int], part: str, number: int) -> tuple[list[Tile], list[SceneText]]:
-    """A left and a right tile and a statement about them; four in a row have one statement, true of two of them."""
-    text, holds = pair_claim(Draw(Stream(SEED, "claim", part, number // 4)))
-    wanted = number % 2
-    draw = Draw(Stream(SEED, "pair", part, number))
+def _pairs(pool: _Pool, fillings: Sequence[int], part: str, number: int) -> list[tuple[list[Tile], list[SceneText]]]:
+    """Four pairs of a left and a right tile with one statement, which is false of two pairs and true of two.
+
+    `number` counts statements. Claims that the photos make true, or false, of hardly any pair are drawn anew.
+    """
+    draw = Draw(Stream(SEED, "claim", part, number))
     while True:
-        left, right = pool.draw(draw, fillings), pool.draw(draw, fillings)
-        if left.name != right.name and holds(left.scene, right.scene) == bool(wanted):
-            return [left, right], [SceneText(text, {"label": wanted})]
+        text, holds = pair_claim(draw)
+        found: dict[bool, list[list[Tile]]] = {False: [], True: []}
+        for _ in range(PAIR_TRIES):
+            left, right = pool.draw(draw, fillings), pool.draw(draw, fillings)
+            same = found[holds(left.scene, right.scene)]
+            if len(same) < PAIRS_A_LABEL and left.name != right.name:
+                same.append([left, right])
+            if all(len(pairs) == PAIRS_A_LABEL for pairs in found.values()):
+                return [
+                    (found[label][place], [SceneText(text, {"label": int(label)})])
+                    for place in range(PAIRS_A_LABEL)
+                    for label in (False, True)
+                ]
 
 
 def in_tile(boxes: NDArray[np.floating], place: int) -> NDArray[np.float32]:

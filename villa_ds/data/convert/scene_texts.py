@@ -72,8 +72,8 @@ def _of_place(scene: Scene, draw: Draw) -> str | None:
 def _of_unique(scene: Scene, draw: Draw) -> str | None:
     place, thing = draw.one(filled(scene))
     kind = draw.one(kinds_of(thing))
-    if kind.only_place(scene) is None:
-        return f"there is {a(kind)}"
+    if kind.only_place(scene) is None or draw.below(4) == 0:
+        return draw.one([f"there is {a(kind)}", f"the image contains {a(kind)}"])
     if kind.colour is None and draw.below(2):
         return f"the {kind.noun} is {thing.colour}"
     if kind.shape is None and draw.below(2):
@@ -108,7 +108,7 @@ def _of_count(scene: Scene, draw: Draw) -> str | None:
 
 def _of_absence(scene: Scene, draw: Draw) -> str | None:
     absent = [kind for kind in draw.one((PAIRS, HALVES)) if kind.count(scene) == 0]
-    return f"there is no {draw.one(absent).noun}" if absent else None
+    return draw.one(["there is", "the image contains"]) + f" no {draw.one(absent).noun}" if absent else None
 
 
 def _caption(scene: Scene, draw: Draw) -> str | None:
