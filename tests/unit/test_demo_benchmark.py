@@ -190,7 +190,7 @@ def test_a_statement_of_two_images_is_as_often_true_as_false(out: Path) -> None:
     for place, (record, _) in enumerate(records(out / "nlvr2" / "train")):
         (text,) = record["texts"]
         labels[place // 4, text["text"]].append(text["target"]["label"])
-    assert len(labels) == 12
+    assert len(labels) == 20
     assert all(sorted(found) == [0, 0, 1, 1] for found in labels.values())
 
 

@@ -3,6 +3,7 @@
 A target holds words (`VCR`'s choices) where the shards hold word pieces. Truth is decided by the facts alone.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -277,8 +278,9 @@ def choices(scene: Scene, draw: Draw, count: int) -> list[SceneText]:
 
 def _in_common(scene: Scene, draw: Draw) -> SceneText | None:
     """The rationales all say what the right answer says; one of them is true."""
-    (first, one), (second, other) = sorted(draw.some(filled(scene), 2), key=lambda entry: entry[0])
-    answer = _common(one, other)
+    couples = list(itertools.combinations(filled(scene), 2))  # those with nothing in common would prevail
+    (first, one), (second, other) = draw.of_counts(couples, lambda couple: _common_kind(*map(_whole, couple)))
+    common = _common_kind(kind_of(one), kind_of(other))
 
     def say(left: Kind, right: Kind) -> str:
         return f"because {MENTIONS[first]} is {a(left)} and {MENTIONS[second]} is {a(right)}"
@@ -287,14 +289,14 @@ def _in_common(scene: Scene, draw: Draw) -> SceneText | None:
     false: list[str] = []
     while len(false) < len(COMMON) - 1:
         left, right = draw.one(PAIRS), draw.one(PAIRS)
-        if COMMON.index(answer) == _common_kind(left, right) and (text := say(left, right)) not in (true, *false):
+        if common == _common_kind(left, right) and (text := say(left, right)) not in (true, *false):
             false.append(text)
     question = f"what do {MENTIONS[first]} and {MENTIONS[second]} have in common?"
-    return _posed(question, COMMON, COMMON.index(answer), true, false, draw)
+    return _posed(question, COMMON, common, true, false, draw)
 
 
-def _common(one: Thing, other: Thing) -> str:
-    return COMMON[_common_kind(kind_of(one), kind_of(other))]
+def _whole(entry: tuple[int, Thing]) -> Kind:
+    return kind_of(entry[1])
 
 
 def _common_kind(one: Kind, other: Kind) -> int:
@@ -350,13 +352,13 @@ def expressions(scene: Scene, draw: Draw, count: int) -> list[SceneText]:
     found: dict[str, int] = {}
     for _ in range(count):
         place, thing = draw.one(filled(scene))
-        form = draw.below(4)
+        form = draw.below(8)
         kind = draw.one(kinds_of(thing))
         if form == 0:
             found[f"the {PLACES[place]} shape"] = place
-        elif form == 1 and kind.only_place(scene) is not None:
+        elif form <= 3 and kind.only_place(scene) is not None:
             found[f"the {kind.noun}"] = place
-        elif form >= 2 and (anchored := _anchored_at(scene, place, draw)) is not None:
+        elif form >= 4 and (anchored := _anchored_at(scene, place, draw)) is not None:
             direction, base = anchored
             found[f"the {draw.one((Kind(), Kind(shape=thing.shape))).noun} {direction} the {base.noun}"] = place
     return [SceneText(text, {"place": place}) for text, place in found.items()]
