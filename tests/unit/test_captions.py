@@ -219,6 +219,8 @@ def _annotation(**changes: Any) -> dict[str, Any]:
         ("coco", _annotation(image_id=3), None, ["annotation 1 is of the image 3, which is not in images"]),
         ("coco", _annotation(caption=None), None, ["annotation 1 has no caption, but 'None'"]),
         ("coco", _annotation(id=True), None, ["annotation 1 has the id True"]),
+        ("coco", _annotation(image_id=[9]), None, ["annotation 1 is of the image [9], which is not in images"]),
+        ("coco", _annotation(caption="\ud800"), None, [r"annotation 1 has no caption, but '\ud800'"]),
         (
             "coco",
             {"images": [{"id": 9}], "annotations": [{"image_id": 9, "id": 1, "caption": "a"}]},

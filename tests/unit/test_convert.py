@@ -139,6 +139,7 @@ def test_everything_is_accounted_for(tmp_path: Path, capsys: pytest.CaptureFixtu
         row([], "imageless"),
         row("a", "odd", typo=1),
         row("a", "textless", text=None),
+        row("a", "half-a-letter", text="\ud800"),
     ]
     texts = write_texts(tmp_path / "texts.jsonl", rows)
     vocabulary = tmp_path / "vocab.txt"
@@ -151,7 +152,7 @@ def test_everything_is_accounted_for(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "--allow-rejected" in printed.err
     assert main([*command, "--allow-rejected", str(out)]) == 0
     assert capsys.readouterr().out == printed.out
-    assert printed.out.splitlines()[0] == "texts: 19 read = 1 written + 18 rejected"
+    assert printed.out.splitlines()[0] == "texts: 20 read = 1 written + 19 rejected"
     assert "images: 8 read = 1 written + 6 rejected + 1 without texts" in printed.out
     assert dict(log(out)) == {
         "good": "whose name or id came before",
@@ -163,13 +164,15 @@ def test_everything_is_accounted_for(tmp_path: Path, capsys: pytest.CaptureFixtu
         },
         "beside-torn": "of an image that is rejected",
         **dict.fromkeys(("empty", "foreign", "beyond"), "against the contract"),
-        **dict.fromkeys(("line 14", "line 15", "line 16", "line 17", "line 18", "textless"), "unreadable"),
+        **dict.fromkeys(
+            ("line 14", "line 15", "line 16", "line 17", "line 18", "textless", "half-a-letter"), "unreadable"
+        ),
         **dict.fromkeys(("broken", "unlabelled"), "against the contract"),
         "short": "with counts that contradict each other",
         **dict.fromkeys(("torn", "objects"), "unreadable"),
         "z": "of which no text is left",
     }
-    assert len(log(out)) == 18 + 6
+    assert len(log(out)) == 19 + 6
     assert list(samples(out)) == ["good"]
     assert load_manifest(out).command.startswith("villa-ds shards from-npz --features")
 

@@ -78,6 +78,7 @@ def named_set(folder: Path, *names: str) -> Manifest:
         ("vg_2331234", {("visual-genome", 2331234)}),
         ("nlvr2_dev-850-0-img1", {("name", "dev-850-0-img1")}),
         ("gcc_00000042", set()),
+        ("vg_" + "9" * 5000, set()),  # Python refuses to make a number of it
         ("easy_vqa/train/42.png", set()),
     ],
 )

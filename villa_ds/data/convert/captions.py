@@ -36,7 +36,7 @@ from villa_ds.data.convert.identity import (
     stem,
 )
 from villa_ds.data.convert.json_files import read_json, read_json_objects
-from villa_ds.data.convert.jsonl import name_of
+from villa_ds.data.convert.jsonl import is_text, name_of
 from villa_ds.data.convert.region_files import UNREADABLE, bare
 from villa_ds.data.convert.settings import Settings
 from villa_ds.data.convert.sources import TWICE, Listed, Place
@@ -91,7 +91,7 @@ class NameTemplate:
             value = values.get(key)
             if isinstance(value, str) and spec and is_number(value):
                 value = int(value)
-            if not isinstance(value, int | str) or value == "" or (spec and not isinstance(value, int)):
+            if name_of(value) is None or (spec and not isinstance(value, int)):
                 detail = f"{where} has the {key} {value!r}, of which --image-name cannot make a name"
                 raise RejectionError(where, UNREADABLE, detail)
             name += format(value, spec)
@@ -147,7 +147,7 @@ def caption(where: str, identifier: Any, text: Any, template: NameTemplate, valu
     known = name_of(identifier)
     if known is None:
         return RejectionError(where, UNREADABLE, f"{where} has the id {identifier!r}")
-    if not isinstance(text, str):
+    if not is_text(text):
         return RejectionError(known, UNREADABLE, f"{where} has no caption, but {str(text)[:80]!r}")
     try:
         return Caption(known, template.fill(where, values), text, also)
@@ -158,13 +158,14 @@ def caption(where: str, identifier: Any, text: Any, template: NameTemplate, valu
 def coco_captions(path: Path, template: NameTemplate) -> Records:
     """Captions of COCO, by the id of the annotation. Fields: id, and file, its name without the suffix."""
     content = read_json(path)
-    images = {image.get("id"): image for image in _rows(path, content, "images")}
+    images = {name_of(image.get("id")): image for image in _rows(path, content, "images")}
     for number, row in enumerate(_rows(path, content, "annotations"), start=1):
         where = f"annotation {number}"
-        image = images.get(row.get("image_id"))
-        if image is None:
+        identifier = name_of(row.get("image_id"))
+        image = images.get(identifier)
+        if identifier is None or image is None:
             detail = f"{where} is of the image {row.get('image_id')!r}, which is not in images"
-            yield RejectionError(str(row.get("id", where)), UNLISTED, detail)
+            yield RejectionError(name_of(row.get("id")) or where, UNLISTED, detail)
             continue
         values = {"id": _number(image.get("id")), "file": _file(image.get("file_name"))}
         yield caption(where, row.get("id"), row.get("caption"), template, values, tuple(coco_image(image)))
@@ -289,7 +290,7 @@ def _file(value: Any) -> str | None:
 
 
 def _is_url(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(("http://", "https://"))
+    return is_text(value) and value.startswith(("http://", "https://"))
 
 
 def _url_file(url: str) -> str | None:

@@ -133,7 +133,7 @@ def read_links(paths: Sequence[Path]) -> Links:
             found = [list(visual_genome_image(row)) for row in content if isinstance(row, dict)]
         else:
             rows = content.get("images") if isinstance(content, dict) else None
-            found = [list(coco_image(row)) for row in rows or () if isinstance(row, dict)]
+            found = [list(coco_image(row)) for row in (rows if isinstance(rows, list) else ()) if isinstance(row, dict)]
         groups = [[identity for identity in group if identity[0] != NAME] for group in found]
         if not any(len(group) > 1 for group in groups):
             raise DataError(
@@ -303,7 +303,7 @@ def _annotation_rows(source: _Source, rows: Sequence[Any], what: str) -> _Rows:
     odd = next((number for number, row in numbered if not isinstance(row, dict)), None)
     if odd is not None:
         raise DataError(f"{source.path}: {what} {odd} is no object, unlike the first")
-    if source.splits or len({row.get("split") for row in rows}) > 1:
+    if source.splits or len({str(row.get("split")) for row in rows}) > 1:
         numbered = source.choose([(row.get("split"), (number, row)) for number, row in numbered])
     for number, row in numbered:
         yield from _row_images(source, row, f"{what} {number}")

@@ -15,17 +15,18 @@ COCO, FLICKR, VISUAL_GENOME, NAME = "coco", "flickr", "visual-genome", "name"
 NUMBERED = (COCO, FLICKR, VISUAL_GENOME)  # whose images are known by a number
 NAME_SPACES = (*NUMBERED, NAME)
 
+_DIGITS = 20  # of an id; Flickr's have 10 and 11
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".npz"})
 _NAMED = (  # how the releases of features name images, at the end of a path
     (
         COCO,
-        re.compile(r"(?:.*_)?coco_(?:\w+_)?(\d{12})", re.IGNORECASE),
+        re.compile(r"(?:.*_)?coco_(?:\w+_)?([0-9]{12})", re.IGNORECASE),
     ),  # COCO_val2014_..., visual_grounding_coco_gt_...
-    (FLICKR, re.compile(r"flickr30k_(\d+)", re.IGNORECASE)),
-    (VISUAL_GENOME, re.compile(r"(?:vg|visual_genome)_(\d+)", re.IGNORECASE)),
+    (FLICKR, re.compile(r"flickr30k_([0-9]{1,20})", re.IGNORECASE)),
+    (VISUAL_GENOME, re.compile(r"(?:vg|visual_genome)_([0-9]{1,20})", re.IGNORECASE)),
 )
 _NLVR2 = re.compile(r"nlvr2_((?:train|dev|test1|test2)-\d+-\d+-img[01])")
-_PHOTO = re.compile(r"(\d+)_[0-9a-f]+(?:_[a-z0-9]+)?\.(?:jpg|png|gif)")  # <photo>_<secret>[_<size>].jpg
+_PHOTO = re.compile(r"([0-9]{1,20})_[0-9a-f]+(?:_[a-z0-9]+)?\.(?:jpg|png|gif)")  # <photo>_<secret>[_<size>].jpg
 
 
 def stem(name: str) -> str:
@@ -53,8 +54,8 @@ def identities_of(name: str, numbers_of: str | None = None) -> Iterator[Identity
 
 
 def is_number(name: str) -> bool:
-    """Whether a name is a mere number, which does not tell whose."""
-    return name.isascii() and name.isdigit()
+    """Whether a name is a mere number that could be an id, which does not tell whose."""
+    return name.isascii() and name.isdigit() and len(name) <= _DIGITS
 
 
 def flickr_photo(url: Any) -> int | None:
@@ -93,7 +94,7 @@ def karpathy_image(image: Mapping[str, Any], dataset: Any) -> Iterator[Identity]
     file, number = image.get("filename"), image.get("cocoid")
     if isinstance(file, str):
         yield from identities_of(file)
-        photo = re.match(r"\d+", file)
+        photo = re.match(r"[0-9]{1,20}(?![0-9])", file)
         if photo and str(dataset).startswith("flickr"):
             yield FLICKR, int(photo[0])
     if type(number) is int:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from villa_ds.data.convert.account import RejectionError, Tally
 from villa_ds.data.convert.region_files import UNREADABLE, bare
@@ -90,14 +90,22 @@ def _parse(line: bytes, where: str) -> _Row:
         raise RejectionError(where, UNREADABLE, f"has the id {row.get('id')!r} and the image {images!r}")
     text, target, pieces = row.get("text"), row.get("target", {}), row.get("word_pieces")
     listed = pieces is None or (isinstance(pieces, list) and all(type(piece) is int for piece in pieces))
-    if not isinstance(text, str) or not isinstance(target, dict) or not listed:
+    if not is_text(text) or not isinstance(target, dict) or not listed:
         raise RejectionError(identifier, UNREADABLE, "has no text, or a target that is no object, or no word pieces")
     return _Row(identifier, tuple(bare(name) for name in names if name is not None), text, pieces, target)
 
 
 def name_of(value: Any) -> str | None:
     """An id or a name, which may be a number in JSON; None if it is neither."""
-    return str(value) if type(value) is int else value if isinstance(value, str) and value else None
+    return str(value) if type(value) is int else value if is_text(value) and value else None
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """Whether a JSON value is a text, and valid Unicode, which half a surrogate pair is not."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _refuse_constant(name: str) -> NoReturn:
