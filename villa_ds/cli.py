@@ -1,17 +1,19 @@
 """The command line: `villa-ds` or `python -m villa_ds`. Exit codes: 0 done, 2 input, 3 data damage, 75 preempted."""
 
 import argparse
+import contextlib
 import errno
 import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from villa_ds import __version__
-from villa_ds.cli_shards import add_shards, positive
+from villa_ds.cli_shards import add_extractor, add_shards, positive
 from villa_ds.config import load_recipe
-from villa_ds.errors import VillaError
+from villa_ds.errors import ConfigError, DataError, VillaError
 from villa_ds.resources import find_recipe
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)  # not of our making
@@ -70,6 +72,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_evaluate)
 
+    command = commands.add_parser("predict", help="what a trained run says about new pictures and texts")
+    command.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run directories or checkpoints; several vote"
+    )
+    add_extractor(command)
+    asked = command.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--image", type=Path, metavar="FILE", help="one picture, asked about with --text")
+    asked.add_argument("--images", type=Path, metavar="FOLDER", help="PNG and JPEG files, asked about with --texts")
+    command.add_argument("--text", action="append", default=[], help="a question or statement; may be repeated")
+    command.add_argument("--texts", type=Path, metavar="JSONL", help='lines of {"id": ..., "image": ..., "text": ...}')
+    command.add_argument("--objective", help="which of the run's tasks; needed if there are several")
+    command.add_argument("--top", type=positive, default=5, metavar="K", help="alternatives to list")
+    command.add_argument("--processes", type=positive, default=None, help="that extract regions")
+    command.add_argument("--device", help="of the model; default: CUDA if there is one")
+    command.add_argument("--out", type=Path, metavar="JSONL", help="default: the terminal")
+    command.set_defaults(run=_predict)
+
     command = commands.add_parser("export", help="the weights of a checkpoint as one file")
     command.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory for its newest one")
     command.add_argument("out", type=Path, help="OUT.safetensors or OUT.pt")
@@ -121,6 +140,31 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         evaluate_ensemble(recipe, checkpoints, parsed.limit)
     else:
         evaluate_checkpoint(recipe, checkpoints[0] if checkpoints else None, parsed.limit, initial=parsed.initial)
+    return 0
+
+
+def _predict(parsed: argparse.Namespace) -> int:
+    if bool(parsed.text) != bool(parsed.image) or bool(parsed.texts) != bool(parsed.images):
+        raise ConfigError("--image goes with --text, --images with --texts")
+    from villa_ds.data.convert.extractors import load_extractor  # noqa: PLC0415
+    from villa_ds.predict import Predictor, single_picture  # noqa: PLC0415
+
+    predictor = Predictor(
+        parsed.runs, load_extractor(parsed.extractor, parsed.settings), parsed.objective, parsed.device
+    )
+    asked = failed = 0
+    with contextlib.ExitStack() as stack:
+        images, texts = parsed.images, parsed.texts
+        if parsed.image is not None:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="villa-ds-")))
+            images, texts = single_picture(scratch, parsed.image, parsed.text)
+        rows = predictor.ask(images, texts, parsed.top, parsed.processes)
+        out = sys.stdout if parsed.out is None else stack.enter_context(parsed.out.open("w", encoding="utf-8"))
+        for row in rows:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            asked, failed = asked + 1, failed + ("error" in row)
+    if failed:
+        raise DataError(f'{failed} of {asked} texts have no answer: see "error" in their lines')
     return 0
 
 

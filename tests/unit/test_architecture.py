@@ -124,6 +124,7 @@ ORDER = (
     "analysis.*",
     "doctor",
     "trace",
+    "predict",
     "cli_shards",
     "cli",
     "__main__",

@@ -84,9 +84,27 @@ class AnswerScoring(Objective):
         best = output.logits.argmax(-1)
         scores = score_of_best(output, batch).tolist()
         return [
-            {"answer": self.answers[label] if label < len(self.answers) else None, "label": label, "score": score}
+            {"answer": self._text_of(label), "label": label, "score": score}
             for label, score in zip(best.tolist(), scores, strict=True)
         ]
+
+    def forecast(self, output: LossOutput, batch: Batch, top: int) -> list[dict[str, object]]:
+        """The best answer with its probability, and the `top` best ones.
+
+        Each is sigmoid(logit): answers are scored independently, so they do not sum to 1.
+        """
+        found = widen(output.logits).sigmoid().topk(min(top, self.num_answers), dim=-1)
+        rows = []
+        for labels, probabilities in zip(found.indices.tolist(), found.values.tolist(), strict=True):
+            ranked = [
+                {"answer": self._text_of(label), "label": label, "probability": probability}
+                for label, probability in zip(labels, probabilities, strict=True)
+            ]
+            rows.append({**ranked[0], "top": ranked})
+        return rows
+
+    def _text_of(self, label: int) -> str | None:
+        return self.answers[label] if label < len(self.answers) else None
 
     def class_targets(self, batch: Batch) -> Tensor:
         """The answer of the highest score [B]."""

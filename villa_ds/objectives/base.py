@@ -41,6 +41,7 @@ class Objective(abc.ABC):
     candidates: int = 0  # other images, each with a text, that the plan draws for every pair
     evaluates: bool = False  # a copy for held-out sets, see `held_out`
     screens: bool = False  # whether `screened` decides which rows are trained
+    truth: frozenset[str] = frozenset()  # keys of `predictions` that tell of the target
     averages: Literal["probabilities", "logits"] = "probabilities"  # of the head's output, what an ensemble averages
 
     @property
@@ -104,6 +105,11 @@ class Objective(abc.ABC):
     def submission(self, rows: Rows) -> tuple[str, str] | None:
         """(suffix, content) of the file that the task's evaluation server takes; None (the default) without one."""
         return None
+
+    def forecast(self, output: LossOutput, batch: Batch, top: int) -> list[dict[str, object]]:
+        """`predictions` for samples whose truth is not known, with up to `top` alternatives where there are many."""
+        rows = self.predictions(output, batch)
+        return [{key: value for key, value in row.items() if key not in self.truth} for row in rows]
 
     def class_targets(self, batch: Batch) -> Tensor | None:
         """[M] int64, the class that is right for each item of the batch, below `num_classes`.

@@ -30,6 +30,7 @@ class ImageTextMatching(Objective):
 
     name = "itm"
     head_name = "itm_output"
+    truth = frozenset({"matched"})
 
     def __init__(self, vocabulary: Vocabulary, settings: ItmConfig) -> None:
         self.vocabulary = vocabulary

@@ -41,6 +41,7 @@ class TwoImageReasoning(Objective):
     head_name = "nlvr2_output"
     adaptation = Adaptation(type_rows=(0, 1, 1))
     num_classes = CLASSES
+    truth = frozenset({"label"})
 
     def __init__(self, vocabulary: Vocabulary, settings: Nlvr2Config) -> None:
         self.vocabulary = vocabulary

@@ -51,6 +51,7 @@ class ReferringExpressions(Objective):
     downstream = True
     reads = Reads.SLOTS
     averages = "logits"
+    truth = frozenset({"overlap", "meant"})
 
     def __init__(self, vocabulary: Vocabulary, settings: RefexpConfig) -> None:
         self.vocabulary = vocabulary
@@ -162,6 +163,20 @@ class ReferringExpressions(Objective):
             {"sent_id": number_of(row["id"]), "pred_box": row["box"], "tgt_box": row["true_box"]} for row in rows
         )
         return ".json", json_lines(entries)
+
+    def forecast(self, output: LossOutput, batch: Batch, top: int) -> list[dict[str, object]]:
+        """The best scored region with its box x1 y1 x2 y2, normalised, and the `top` best ones."""
+        scores = widen(output.logits)
+        rows = []
+        for row, count in enumerate(batch.region_counts.tolist()):
+            found = scores[row, :count].topk(min(top, count))
+            boxes = batch.boxes[row, found.indices, :4].tolist()
+            ranked = [
+                {"region": region, "box": box, "score": score}
+                for region, box, score in zip(found.indices.tolist(), boxes, found.values.tolist(), strict=True)
+            ]
+            rows.append({**ranked[0], "top": ranked})
+        return rows
 
     # No class_targets: regions are no classes, every image has its own.
 
