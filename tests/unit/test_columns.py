@@ -140,7 +140,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     path = write_table(tmp_path / "captions", content, "parquet", rows=number)
     from villa_ds.data.convert.columns import _batches
 
-    assert [batch.num_rows for batch in _batches(path, "parquet", ["caption"])] == [1000] * 5
+    assert [len(batch) for batch in _batches(path, "parquet", ["caption"])] == [1000] * 5
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

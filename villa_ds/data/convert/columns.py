@@ -47,11 +47,11 @@ class ColumnFile:
         """DataError if columns are missing, parts of the folder are, or it holds several splits and none is chosen."""
         self._kind, self._columns, self._splits = kind, columns, splits
         self._parts = _parts(path, SUFFIXES[kind], () if columns.split else splits)
-        schema = _schema(self._parts[0], kind)
+        names = _column_names(self._parts[0], kind)
         for column in (columns.image, columns.text, columns.id, columns.split):
-            if column is not None and column not in schema.names:
-                raise DataError(f"{self._parts[0]}: has no column {column!r}; there are {', '.join(schema.names)}")
-        self._template = NameTemplate(image_name or "{image}", dict.fromkeys(("image", "row", *schema.names)))
+            if column is not None and column not in names:
+                raise DataError(f"{self._parts[0]}: has no column {column!r}; there are {', '.join(names)}")
+        self._template = NameTemplate(image_name or "{image}", dict.fromkeys(("image", "row", *names)))
         self._path = path
 
     def records(self) -> Records:
@@ -89,7 +89,7 @@ class ColumnFile:
         if columns.image != "image":
             named.discard("image")
         for batch in _batches(part, self._kind, sorted(str(name) for name in named)):
-            yield from batch.to_pylist()
+            yield from batch
 
     def check_splits(self) -> None:
         """DataError unless the chosen splits are those of the split column."""
@@ -99,7 +99,7 @@ class ColumnFile:
             value: None
             for part in self._parts
             for batch in _batches(part, self._kind, [self._columns.split])
-            for value in batch.column(0).unique().to_pylist()
+            for value in (row[self._columns.split] for row in batch)
         }
         choose_splits(self._path, [(split, None) for split in found], self._splits, "--split train")
 
@@ -125,13 +125,13 @@ def _parts(path: Path, suffix: str, splits: Sequence[str]) -> list[Path]:
     return [file for members in choose_splits(path, list(groups.items()), splits, "--split train") for file in members]
 
 
-def _schema(part: Path, kind: str) -> Any:
+def _column_names(part: Path, kind: str) -> list[str]:
     try:
         if kind == "parquet":
-            return parquet.read_schema(part)
-        with arrow.memory_map(str(part)) as source:
-            return _reader(source).schema
-    except (arrow.ArrowException, OSError) as error:
+            return list(parquet.read_schema(part).names)
+        with arrow.OSFile(str(part)) as source:
+            return list(_reader(source).schema.names)
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{part}: cannot be read as {kind}: {error}; copy it again") from None
 
 
@@ -141,13 +141,14 @@ def _reader(source: Any) -> Any:
     return arrow.ipc.open_file(source) if magic == _FILE_MAGIC else arrow.ipc.open_stream(source)
 
 
-def _batches(part: Path, kind: str, names: Sequence[str]) -> Iterator[Any]:
-    """Pieces of the file with the named columns alone, images as their paths. DataError if it cannot be read."""
+def _batches(part: Path, kind: str, names: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    """Rows with the named columns alone, images as their paths, some at a time. DataError if they cannot be read."""
     try:
-        yield from (_parquet_batches if kind == "parquet" else _arrow_batches)(part, names)
+        for batch in (_parquet_batches if kind == "parquet" else _arrow_batches)(part, names):
+            yield batch.to_pylist()
     except KeyError as error:
         raise DataError(f"{part}: has no column {error}, unlike the first part") from None
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{part}: cannot be read as {kind}: {error}; copy it again") from None
 
 
@@ -160,10 +161,11 @@ def _parquet_batches(part: Path, names: Sequence[str]) -> Iterator[Any]:
 
 
 def _arrow_batches(part: Path, names: Sequence[str]) -> Iterator[Any]:
-    with arrow.memory_map(str(part)) as source:
+    with arrow.OSFile(str(part)) as source:
         reader = _reader(source)
         seeks = hasattr(reader, "get_batch")
         for batch in map(reader.get_batch, range(reader.num_record_batches)) if seeks else reader:
+            batch.validate(full=True)  # a damaged file's offsets would lead anywhere in memory
             for start in range(0, batch.num_rows, _ROWS):
                 yield _flat(batch.slice(start, _ROWS), names)
 
@@ -177,5 +179,5 @@ def _flat(batch: Any, names: Sequence[str]) -> Any:
     arrays = []
     for name in names:
         array, column = batch.column(name), batch.schema.field(name)
-        arrays.append(arrow.compute.struct_field(array, "path") if _is_image(column) else array)
+        arrays.append(array.flatten()[array.type.get_field_index("path")] if _is_image(column) else array)
     return arrow.RecordBatch.from_arrays(arrays, names=list(names))
