@@ -356,12 +356,13 @@ def test_forgotten_parts_are_removed(server, data, original):
         (folder / name).write_bytes(b"part")
         (folder / f"{name}.json").write_text("{}")
         os.utime(folder / name, (time.time() - age,) * 2)
+    (folder / "00dd.partial.json").write_text("{}")  # of a process that was killed just then
     with (folder / "00cc.partial").open() as worked_on:
         fcntl.flock(worked_on, fcntl.LOCK_EX)
         fetch(manifest)
     left = {path.name for path in folder.iterdir()}
     assert {"00bb.partial", "00bb.partial.json", "00cc.partial", "00cc.partial.json"} <= left
-    assert not {"00aa.partial", "00aa.partial.json"} & left
+    assert not {"00aa.partial", "00aa.partial.json", "00dd.partial.json"} & left
 
 
 def test_a_damaged_copy_is_fetched_again(server, data, original):

@@ -9,11 +9,12 @@ import torch
 
 from tests.runs import make_data, tiny_recipe
 from tests.tiny import tiny_module
-from villa_ds.config import AdversaryConfig, EngineConfig, ModalityConfig, PhaseConfig, Recipe
+from villa_ds.config import AdversaryConfig, EngineConfig, ModalityConfig, OptimizerConfig, PhaseConfig, Recipe
 from villa_ds.data.manifest import MANIFEST_NAME, fingerprint_of
 from villa_ds.errors import DataError
 from villa_ds.mapping import from_mapping
-from villa_ds.train.session import open_data, rounding_warnings
+from villa_ds.train.session import open_data, refuse_unequal_ranks, rounding_warnings
+from villa_ds.train.torch_engine import TorchEngine
 
 
 def test_a_step_below_the_formats_resolution_is_warned_of() -> None:
@@ -45,3 +46,18 @@ def test_sets_of_different_extractors_are_mixed_only_when_that_is_said(tmp_path:
         open_data(recipe)
     mixed = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, mix_extractors=True))
     assert open_data(mixed).validation["demo"].extractor == "another one"
+
+
+def test_ranks_that_opened_different_sets_are_refused(tmp_path: Path) -> None:
+    data = open_data(from_mapping(Recipe, tiny_recipe(make_data(tmp_path), tmp_path / "run"), ""))
+    other = {"demo": data.sets["demo"].fingerprint, "validation demo": "0" * 64}
+
+    class TwoRanks(TorchEngine):
+        def gather(self, value: object) -> list[object]:
+            return [value, other]
+
+    engine = TwoRanks(tiny_module("mlm"), EngineConfig(device="cpu"), OptimizerConfig())
+    with pytest.raises(DataError, match=r"held-out: rank 1 opened another set validation demo than rank 0 .*0{64}"):
+        refuse_unequal_ranks(data, engine)
+    other["validation demo"] = data.validation["demo"].fingerprint
+    refuse_unequal_ranks(data, engine)

@@ -26,7 +26,7 @@ from villa_ds.errors import ConfigError
 
 GIB = 1 << 30
 FOLDER_VARIABLE = "VILLA_DS_CACHE"
-_PARTIAL, _NOTE = ".partial", ".json"
+_PARTIAL, _NOTE, _NEW = ".partial", ".json", ".new"
 _POLL_S = 0.05  # between looks at a file that another process fetches
 _FORGOTTEN_S = 86400.0  # a partial file that nobody went on with for a day is removed
 _held: set[int] = set()  # descriptors of locked files: a child that is forked meanwhile must not keep their locks
@@ -91,7 +91,7 @@ class Partial:
         """Forget what is there: a file of `size` bytes follows. Makes room for it."""
         self.fetched, self.validator = 0, validator
         os.ftruncate(self.descriptor, 0)
-        temporary = self.note_path.with_suffix(".new")
+        temporary = self.path.with_name(self.path.name + _NEW)
         temporary.write_text(json.dumps({"validator": validator, "size": size}), encoding="utf-8")
         os.replace(temporary, self.note_path)
         self.make_room(size or 0)
@@ -229,6 +229,7 @@ class Cache:
         """Remove what was used longest ago, and forgotten partial files, until `incoming` more bytes fit."""
         with _opened(self.folder, os.O_RDONLY) as root:
             fcntl.flock(root, fcntl.LOCK_EX)  # two that make room at a time would remove twice what is needed
+            self._tidy()
             entries = sorted(self._entries(), key=lambda entry: entry.used)
             held = sum(entry.bytes for entry in entries) + incoming
             for entry in entries:
@@ -242,10 +243,17 @@ class Cache:
                 self.folder, held / GIB, self.limit / GIB,
             )  # fmt: skip
 
+    def _tidy(self) -> None:
+        """Remove notes whose file is gone: a process was killed between the one and the other."""
+        for suffix in (_NOTE, _NEW):
+            for note in self.folder.glob(f"[0-9a-f][0-9a-f]/*{_PARTIAL}{suffix}"):
+                if not note.with_name(note.name.removesuffix(suffix)).exists():
+                    note.unlink(missing_ok=True)
+
     def _entries(self) -> Iterator["_Entry"]:
         for folder in sorted(self.folder.glob("[0-9a-f][0-9a-f]")):
             for item in os.scandir(folder):
-                if not item.name.endswith((_NOTE, ".new")):
+                if not item.name.endswith((_NOTE, _NEW)):
                     with contextlib.suppress(FileNotFoundError):
                         found = item.stat()
                         yield _Entry(Path(item.path), found.st_mtime, found.st_size, item.name.endswith(_PARTIAL))

@@ -35,6 +35,7 @@ from villa_ds.train.session import (
     build_initial_module,
     open_data,
     refuse_silent_changes,
+    refuse_unequal_ranks,
     rounding_warnings,
     run_state,
     training_loader,
@@ -63,6 +64,7 @@ def train(recipe: Recipe, allow_change: Iterable[str] = (), stop: StopRequest | 
     for line in rounding_warnings(recipe, module):
         log.info("%s", line)
     engine = build_engine(module, recipe.engine, recipe.optimizer, collective_timeout(recipe.watch.timeout_s))
+    refuse_unequal_ranks(data, engine)
     plan = BatchPlan(recipe.data.lanes, engine.world)
     directory = together(engine, lambda: open_run_directory(recipe, rank=engine.rank, allow_change=allow_change))
     with locked(directory, engine), Pulse(directory, engine, recipe.watch.timeout_s) as pulse:

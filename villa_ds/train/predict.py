@@ -21,7 +21,7 @@ from villa_ds.train.ensemble import load_ensemble
 from villa_ds.train.evaluate import Tally, evaluate
 from villa_ds.train.gallery import recalls, score_gallery
 from villa_ds.train.rundir import EVALUATION, start_logging
-from villa_ds.train.session import RunData, build_initial_module, open_data, validation_loaders
+from villa_ds.train.session import RunData, build_initial_module, open_data, refuse_unequal_ranks, validation_loaders
 
 Results = dict[str, dict[str, float]]
 log = logging.getLogger("villa_ds")
@@ -42,6 +42,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None, limit: int = 0,
     if folder is not None:
         recipe = dataclasses.replace(recipe, initialize=None)  # the checkpoint has all weights
     engine = build_engine(build_initial_module(recipe, data), recipe.engine, recipe.optimizer)
+    refuse_unequal_ranks(data, engine)
     if folder is None:
         out = recipe.run_directory / EVALUATION / "initial"
     else:

@@ -26,7 +26,7 @@ from villa_ds.train.checkpoint import is_checkpoint, resolve_checkpoint
 from villa_ds.train.module import TrainModule, build_module
 from villa_ds.train.parameters import ParameterFiles
 from villa_ds.train.rundir import differences
-from villa_ds.train.torch_engine import DTYPES
+from villa_ds.train.torch_engine import DTYPES, Engine
 
 TYPICAL_TOKENS = 16  # of a caption
 
@@ -83,6 +83,19 @@ def _require_equal(
             raise DataError(
                 f"{manifest.store}: {aspect} {value!r} differs from {values[0]!r} of {manifests[0].store}: {mend}"
             )
+
+
+def refuse_unequal_ranks(data: RunData, engine: Engine) -> None:
+    """DataError on every rank if two of them opened different sets: a remote one was exchanged as they started."""
+    opened = {**data.sets, **{f"validation {name}": manifest for name, manifest in data.validation.items()}}
+    found = engine.gather({name: manifest.fingerprint for name, manifest in opened.items()})
+    for rank, fingerprints in enumerate(found):
+        for name, fingerprint in fingerprints.items():
+            if fingerprint != found[0][name]:
+                raise DataError(
+                    f"{opened[name].store}: rank {rank} opened another set {name} than rank 0 (fingerprint "
+                    f"{fingerprint}, {found[0][name]}): give all ranks the same data, start again"
+                )
 
 
 def build_initial_module(recipe: Recipe, data: RunData) -> TrainModule:
