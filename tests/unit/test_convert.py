@@ -347,6 +347,8 @@ def test_bad_rows_of_a_tsv(tmp_path: Path) -> None:
 
 def test_keys() -> None:
     assert group_key(("a_1", "b-2")) == "a_1--b-2"
+    alike = [("a--b",), ("a", "b"), ("a-", "b"), ("a", "-b"), ("a---b",)]
+    assert len({group_key(names) for names in alike}) == len(alike)
     mended = [group_key(names) for names in (("a.b",), ("a/b",), ("a" * 81,), ("é",), ("a", "b" * 90))]
     assert len(set(mended)) == 5
     assert all(len(key) <= 80 for key in mended)

@@ -1,6 +1,7 @@
 """UNITER's data bases, made up: targets, which one is which, and what is wrong with one (values: tests/parity)."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,15 @@ def test_which_image_data_base(tmp_path: Path, images: Path) -> None:
         from_uniter_lmdb(tmp_path / "out", str(images), TextsFile(texts, "uniter"), SETTINGS)
     with pytest.raises(DataError, match="there are in it: none"):
         from_uniter_lmdb(tmp_path / "out", str(tmp_path / "out"), TextsFile(texts, "uniter"), SETTINGS)
+
+
+def test_a_truncated_data_base(tmp_path: Path, images: Path) -> None:
+    """Read beyond its end, it would kill the process."""
+    texts = write_text_base(tmp_path / "t.db", {"t": record("a.npz")})
+    file = images / "data.mdb"
+    os.truncate(file, file.stat().st_size - 4096)
+    with pytest.raises(DataError, match=r"data\.mdb: \d+ bytes, but \d+ are in use; copy it again"):
+        from_uniter_lmdb(tmp_path / "out", str(images), TextsFile(texts, "uniter"), SETTINGS)
 
 
 def test_two_image_data_bases(tmp_path: Path, images: Path) -> None:
