@@ -29,10 +29,44 @@ def require(condition: bool, key: str, value: object, mend: str) -> None:
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The mapping in a YAML file with the overrides (whose values are YAML) applied in order.
 
-    Raises ConfigError if the file is not readable, not YAML, not a mapping, or gives a key twice.
+    With the key ``extends`` the file says what differs from the file of that name (without ``.yaml``) beside it:
+    mappings are merged key by key, with null a key is taken away, anything else replaces what was there. Raises
+    ConfigError if a file is not readable, not YAML, not a mapping, gives a key twice, or extends itself.
     """
+    mapping = _extended(Path(path), ())
+    for override in overrides:
+        apply_override(mapping, override)
+    return mapping
+
+
+def _extended(path: Path, below: tuple[str, ...]) -> dict[str, Any]:
+    """The mapping in a file, laid over that of the file which it extends; `below`: the names that led here."""
+    mapping = _read_mapping(path)
+    base = mapping.pop("extends", None)
+    if base is None:
+        return mapping
+    if not isinstance(base, str) or Path(base).name != base:
+        raise ConfigError(f"{path}: extends: {base!r} does not do: give the name of a recipe in the same folder")
+    if base in below or base == path.stem:
+        raise ConfigError(f"{path}: extends: {' -> '.join((*below, path.stem, base))} goes round in a circle")
+    return _laid_over(_extended(path.with_name(f"{base}.yaml"), (*below, path.stem)), mapping)
+
+
+def _laid_over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _laid_over(merged[key], value)
+        elif value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -47,8 +81,6 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(mapping, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values")
-    for override in overrides:
-        apply_override(mapping, override)
     return mapping
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.downstream import LAYOUTS, make_task_shards
 from tests.shards import make_shards
 from villa_ds.config import AdversaryConfig, ModalityConfig, ModelConfig, Recipe, load_recipe
 from villa_ds.data.lanes import draw_task
@@ -29,7 +30,8 @@ SMALL = (
     "model.hidden_size=16", "model.num_hidden_layers=1", "model.num_attention_heads=2", "model.intermediate_size=16",
     "data.tokens=256", f"data.lanes={LANES}", "data.window=64", "data.workers=0", "initialize=null",
     "optimizer.warmup_steps=0", "engine.name=torch", "engine.precision=float32", "engine.device=cpu",
-    "validation.every=0", "log.tensorboard=false",
+    "validation.every=0", "log.tensorboard=false", "data.rows_multiple=1", "objectives.vcr.new_words=0",
+    "objectives.retrieval.candidates=3", "objectives.retrieval.hard_negatives=1",
 )  # fmt: skip
 
 
@@ -49,12 +51,39 @@ def test_loads_and_is_documented(path: Path) -> None:
     assert f"`{path.stem}`" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 
+# Of each fine-tuning task one recipe with the adversary: what the others change is numbers, which are checked above.
+STEPPED = [
+    path for path in PATHS
+    if ("extends:" not in path.read_text(encoding="utf-8") and "-uniter-" not in path.stem.removeprefix("vqa-"))
+    or path.stem.endswith("-villa-base") or path.stem == "vcr-pretrain-uniter-base"
+]  # fmt: skip
+
+
+LONGER = {path.stem for path in STEPPED if not path.stem.startswith(("demo-", "uniter-", "villa-", "vqa-"))}
+
+
+def small_shards(root: Path, recipe: Recipe) -> None:
+    """Stand-ins for a recipe's sets, in the layout that their last objective reads."""
+    layouts = {task.data: task.objective.removesuffix("-hard") for task in recipe.tasks}
+    sets = [*recipe.data.sets.items(), *recipe.data.validation.items()]
+    for number, (name, folder) in enumerate(sets):
+        layout = "vcr" if recipe.objectives.text == "vcr" else layouts[name]
+        if layout in LAYOUTS and layout != "vqa":
+            make_task_shards(root / folder, layout, groups=8, shards=1, seed=number)
+        else:
+            make_shards(root / folder, groups=8, shards=1, seed=number)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in LONGER else ()) for path in STEPPED],
+)
 def test_first_step_of_each_phase(path: Path, tmp_path: Path) -> None:
     small = [*SMALL, f"data.root={tmp_path}/shards", f"output={tmp_path}/run"]
+    small += ["data.tokens=800"] * (path.stem in LONGER)
     small += [f"phases.{position}.steps=1" for position in range(len(load_recipe(path).phases))]
     recipe = load_recipe(path, small)
-    for number, folder in enumerate(sorted({*recipe.data.sets.values(), *recipe.data.validation.values()})):
-        make_shards(tmp_path / "shards" / folder, groups=8, shards=1, seed=number)
+    small_shards(tmp_path / "shards", recipe)
 
     results = train(recipe)
 
@@ -123,10 +152,84 @@ VQA = {
 }
 DERIVED = {
     f"{prefix}{model}-{size}": released
-    for prefix, sizes in (("", PRETRAIN), ("vqa-", VQA))
+    for prefix, sizes in (("", PRETRAIN), ("vqa-", VQA), ("gqa-", VQA))
     for size, released in sizes.items()
     for model in ("uniter", "villa")
 }
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Numbers of a released fine-tuning configuration; `summed`: how many of our losses its gradient adds up."""
+
+    lanes: int
+    tokens: int
+    steps: int
+    warmup: int
+    learning_rate: float
+    summed: int
+    validate: int
+    seed: int = 42
+    clip: float = 2.0
+    adversary: tuple[str, float, float] | None = None  # modality, step size, weight of the divergence
+
+
+TEXT_BASE, TEXT_LARGE = ("text", 1e-3, 1.5), ("text", 2e-3, 1.0)
+TUNED = {
+    "ve-uniter-base": Tuned(8, 4096, 4000, 400, 8e-5, 4, 500),
+    "ve-uniter-large": Tuned(8, 4096, 4000, 400, 3e-5, 2, 500),
+    "ve-villa-base": Tuned(8, 4096, 4000, 400, 8e-5, 4, 500, adversary=TEXT_BASE),
+    "ve-villa-large": Tuned(8, 4096, 4000, 400, 3e-5, 2, 500, adversary=TEXT_BASE),
+    "nlvr2-uniter-base": Tuned(1, 10240, 8000, 800, 3e-5, 1, 500, 77),
+    "nlvr2-uniter-large": Tuned(4, 5120, 5000, 500, 2e-5, 2, 500, 24),
+    "nlvr2-villa-base": Tuned(1, 10240, 8000, 800, 3e-5, 1, 500, 77, adversary=TEXT_BASE),
+    "nlvr2-villa-large": Tuned(4, 5120, 5000, 500, 2e-5, 2, 500, 24, adversary=TEXT_BASE),
+    "vcr-pretrain-uniter-base": Tuned(16, 6144, 45000, 4500, 3e-5, 4, 2000, clip=0.0),
+    "vcr-pretrain-uniter-large": Tuned(16, 6144, 45000, 4500, 3e-5, 4, 2000, clip=0.0),
+    "vcr-uniter-base": Tuned(20, 4 * 4000, 8000, 800, 6e-5, 5, 1000),
+    "vcr-uniter-large": Tuned(20, 4 * 4000, 8000, 800, 6e-5, 5, 1000),
+    "vcr-villa-base": Tuned(20, 4 * 4000, 8000, 800, 6e-5, 5, 1000, adversary=("both", 1e-2, 1.5)),
+    "vcr-villa-large": Tuned(40, 4 * 2000, 10000, 1000, 6e-5, 10, 1000, 88, adversary=("both", 1e-1, 1.0)),
+}
+for key, rate, steps, warmup in (
+    ("refcoco", 1e-4, 24000, 1500), ("refcoco-plus", 6e-5, 10000, 1000), ("refcocog", 1e-4, 24000, 1500),
+):  # fmt: skip
+    for size, own in (("base", TEXT_BASE), ("large", TEXT_LARGE)):
+        TUNED[f"{key}-uniter-{size}"] = Tuned(1, 4096, steps, warmup, rate, 128, 1000, 24)
+        TUNED[f"{key}-villa-{size}"] = Tuned(1, 4096, steps, warmup, rate, 128, 1000, 24, adversary=own)
+for key, large_rate in (("coco", 3e-5), ("flickr", 5e-5)):
+    for size, rate, own in (("base", 5e-5, TEXT_BASE), ("large", large_rate, TEXT_LARGE)):
+        TUNED[f"retrieval-{key}-uniter-{size}"] = Tuned(128, 131072, 5000, 500, rate, 2, 500)
+        TUNED[f"retrieval-{key}-villa-{size}"] = Tuned(128, 131072, 5000, 500, rate, 2, 500, adversary=own)
+
+
+@pytest.mark.parametrize("name", sorted(TUNED))
+def test_fine_tuning_numbers(name: str) -> None:
+    recipe, tuned = load_recipe(ROOT / "launch" / "recipes" / f"{name}.yaml"), TUNED[name]
+    assert recipe.model.preset == f"uniter-{name.rpartition('-')[2]}"
+    assert recipe.initialize is not None
+    assert (recipe.data.lanes, recipe.data.tokens, recipe.seed) == (tuned.lanes, tuned.tokens, tuned.seed)
+    assert (recipe.total_steps, recipe.optimizer.warmup_steps) == (tuned.steps, tuned.warmup)
+    assert recipe.validation.every == recipe.checkpoints.every == tuned.validate
+    optimizer = recipe.optimizer
+    assert (optimizer.learning_rate, optimizer.head_multiplier) == (tuned.learning_rate, 1.0)
+    assert (optimizer.betas, optimizer.weight_decay, optimizer.schedule) == ((0.9, 0.98), 0.01, "linear")
+    assert optimizer.eps * tuned.summed == pytest.approx(1e-6, rel=1e-6)
+    assert optimizer.clip_norm * tuned.summed == pytest.approx(tuned.clip, rel=1e-6)
+    (phase,) = recipe.phases
+    if tuned.adversary is None:
+        assert phase.adversary is None
+    else:
+        modality, step, weight = tuned.adversary
+        image = ModalityConfig(step_size=step) if modality == "both" else ModalityConfig()
+        assert phase.adversary == AdversaryConfig(
+            steps=3, modality=modality, text=ModalityConfig(step_size=step), image=image, kl_weight=weight,  # type: ignore[arg-type]
+            dropout="independent",
+        )  # fmt: skip
+
+
+def test_every_recipe_has_its_numbers_checked() -> None:
+    assert set(NAMES) - set(DERIVED) - set(TUNED) == {name for name in NAMES if name.startswith("demo-")}
 
 
 @pytest.mark.parametrize("name", sorted(DERIVED))
@@ -151,7 +254,7 @@ def test_numbers_are_the_releases_converted_to_a_mean(name: str) -> None:
     assert optimizer.eps * released.accumulation == pytest.approx(1e-6, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(DERIVED) if not name.startswith("vqa-")])
+@pytest.mark.parametrize("name", [name for name in sorted(DERIVED) if "qa-" not in name])
 def test_pretraining_mix(name: str) -> None:
     recipe = load_recipe(ROOT / "launch" / "recipes" / f"{name}.yaml")
     small, large = (6, 8, 4, 4), (9, 12, 6, 6)  # itm, mlm, mrfr, mrckl
