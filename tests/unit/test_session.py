@@ -11,9 +11,12 @@ from tests.runs import make_data, tiny_recipe
 from tests.tiny import tiny_module
 from villa_ds.config import AdversaryConfig, EngineConfig, ModalityConfig, OptimizerConfig, PhaseConfig, Recipe
 from villa_ds.data.manifest import MANIFEST_NAME, fingerprint_of
-from villa_ds.errors import DataError
+from villa_ds.errors import ConfigError, DataError
 from villa_ds.mapping import from_mapping
-from villa_ds.train.session import open_data, refuse_unequal_ranks, rounding_warnings
+from villa_ds.train.checkpoint import resolve_checkpoint
+from villa_ds.train.loop import train
+from villa_ds.train.parameters import ParameterFiles
+from villa_ds.train.session import build_initial_module, open_data, refuse_unequal_ranks, rounding_warnings
 from villa_ds.train.torch_engine import TorchEngine
 
 
@@ -61,3 +64,22 @@ def test_ranks_that_opened_different_sets_are_refused(tmp_path: Path) -> None:
         refuse_unequal_ranks(data, engine)
     other["validation demo"] = data.validation["demo"].fingerprint
     refuse_unequal_ranks(data, engine)
+
+
+def test_weights_of_a_run_on_other_regions_are_taken_only_when_that_is_said(tmp_path: Path) -> None:
+    make_data(tmp_path)
+    changes = {"phases": [{"name": "short", "steps": 1}], "optimizer": {}}
+    train(from_mapping(Recipe, tiny_recipe(tmp_path, tmp_path / "first", **changes), ""))
+    for name in ("train", "held-out"):
+        path = tmp_path / name / MANIFEST_NAME
+        content = json.loads(path.read_text()) | {"extractor": "another one"}
+        path.write_text(json.dumps(content | {"fingerprint": fingerprint_of(content)}))
+    recipe = from_mapping(Recipe, tiny_recipe(tmp_path, tmp_path / "run", initialize=str(tmp_path / "first")), "")
+    with pytest.raises(
+        ConfigError, match=r"initialize: .*trained on regions of random numbers, the sets here are of ano"
+    ):
+        build_initial_module(recipe, open_data(recipe))
+    mixed = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, mix_extractors=True))
+    module = build_initial_module(mixed, open_data(mixed))
+    trained = ParameterFiles(resolve_checkpoint(tmp_path / "first")).state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in module.state_dict().items())

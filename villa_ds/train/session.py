@@ -22,7 +22,7 @@ from villa_ds.mapping import to_mapping
 from villa_ds.models.weights import initialize_from, load_reference, to_reference
 from villa_ds.objectives.base import Objective, build_objective
 from villa_ds.rng import seed_of
-from villa_ds.train.checkpoint import is_checkpoint, resolve_checkpoint
+from villa_ds.train.checkpoint import is_checkpoint, read_state, resolve_checkpoint
 from villa_ds.train.module import TrainModule, build_module
 from villa_ds.train.parameters import ParameterFiles
 from villa_ds.train.rundir import differences
@@ -105,7 +105,7 @@ def build_initial_module(recipe: Recipe, data: RunData) -> TrainModule:
         module = build_module(recipe.model, data.objectives, data.reference)
     _refuse_long_texts(recipe, data, module.backbone.sizes.max_position_embeddings)
     if recipe.initialize is not None:
-        load_initial_weights(module, Path(recipe.initialize), data)
+        load_initial_weights(module, Path(recipe.initialize), data, mix_extractors=recipe.data.mix_extractors)
     return module
 
 
@@ -124,18 +124,35 @@ def _refuse_long_texts(recipe: Recipe, data: RunData, positions: int) -> None:
                 )
 
 
-def load_initial_weights(module: TrainModule, path: Path, data: RunData) -> None:
-    """Load the weights of a run, a checkpoint, a weights file or a BERT folder; what the model lacks is left out."""
+def load_initial_weights(module: TrainModule, path: Path, data: RunData, *, mix_extractors: bool = False) -> None:
+    """Load the weights of a run, a checkpoint, a weights file or a BERT folder; what the model lacks is left out.
+
+    A run on regions of another extractor than `data`'s is refused, unless `mix_extractors`.
+    """
     if not path.exists():
         raise ConfigError(
             f"initialize: {path} does not exist: give a run, a checkpoint, a weights file or a BERT folder"
         )
     adaptations = [objective.adaptation for objective in data.objectives]
     if is_checkpoint(path):
-        files = ParameterFiles(resolve_checkpoint(path))
-        load_reference(module, to_reference(files.state_dict()), adaptations)
+        folder = resolve_checkpoint(path)
+        if not mix_extractors:
+            _refuse_other_regions(path, read_state(folder), data)
+        load_reference(module, to_reference(ParameterFiles(folder).state_dict()), adaptations)
     else:
         initialize_from(module, path, data.reference.vocabulary, adaptations)
+
+
+def _refuse_other_regions(path: Path, state: Mapping[str, Any], data: RunData) -> None:
+    """Raise unless a checkpoint's run was on regions of the same extractor; one of before checkpoints told is taken."""
+    trained = {each["extractor"] for each in state.get("inputs", {"sets": {}})["sets"].values()}
+    own = {manifest.extractor for manifest in data.sets.values()}
+    if trained and not own <= trained:
+        raise ConfigError(
+            f"initialize: {path} was trained on regions of {', '.join(sorted(trained))}, the sets here are of "
+            f"{', '.join(sorted(own))}: features are comparable only within one extractor; "
+            "data.mix_extractors=true takes them all the same"
+        )
 
 
 def rounding_warnings(recipe: Recipe, module: TrainModule) -> list[str]:
