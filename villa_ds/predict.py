@@ -106,7 +106,10 @@ class Predictor:
         )
         with tempfile.TemporaryDirectory(prefix="villa-ds-") as scratch, closing(JsonlTexts(texts, pieces)) as rows:
             out = Path(scratch) / _SHARDS
-            from_images(out, images, TextsFile(texts), self._extractor, settings)
+            try:
+                from_images(out, images, TextsFile(texts), self._extractor, settings)
+            except DataError as error:  # the rest of its lines is about converting
+                raise DataError(f"none of {texts.name} can be answered: {str(error).splitlines()[0]}") from None
             predictions = self._predictions(load_manifest(out), top)
             rejected = list(_rejections(out))
             why = dict(reversed(rejected))

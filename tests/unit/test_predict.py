@@ -184,6 +184,15 @@ def test_what_has_no_answer_says_why(world: World, capsys: pytest.CaptureFixture
     assert printed.err.splitlines()[-1] == 'villa-ds: 4 of 5 texts have no answer: see "error" in their lines'
 
 
+def test_a_picture_that_is_none_is_one_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    path = world.root / "none.png"
+    path.write_text("no picture")
+    assert main(world.ask("--image", str(path), "--text", "is it red?", "--objective", "vqa")) == 2
+    told = capsys.readouterr().err
+    assert "nothing can be written: none.png: cannot be read as a picture" in told
+    assert told.count("\n") == 1
+
+
 def test_a_checkpoint_tells_what_it_was_trained_on(world: World) -> None:
     state = json.loads((resolve_checkpoint(world.runs[0]) / RUN_STATE).read_text())
     manifest = load_manifest(world.shards / "vqa/train")

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from villa_ds.data.convert.account import RejectionError
 
@@ -66,6 +66,8 @@ def read_picture(name: str, path: Path) -> NDArray[np.uint8]:
             if picture.mode.startswith(("I", "F")):
                 raise ValueError(f"has more than 8 bits a channel (mode {picture.mode}); save it with 8")
             pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except UnidentifiedImageError:  # whose own words name the path, not the picture
+        raise RejectionError(name, UNREADABLE, "cannot be read as a picture: of no kind that Pillow knows") from None
     except _DAMAGE as error:
         raise RejectionError(name, UNREADABLE, f"cannot be read as a picture: {error}") from None
     height, width = pixels.shape[:2]
