@@ -108,8 +108,8 @@ class Predictor:
             out = Path(scratch) / _SHARDS
             try:
                 from_images(out, images, TextsFile(texts), self._extractor, settings)
-            except DataError as error:  # the rest of its lines is about converting
-                raise DataError(f"none of {texts.name} can be answered: {str(error).splitlines()[0]}") from None
+            except DataError as refusal:  # the rest of its lines is about converting
+                raise DataError(f"none of {texts.name} can be answered: {str(refusal).splitlines()[0]}") from None
             predictions = self._predictions(load_manifest(out), top)
             rejected = list(_rejections(out))
             why = dict(reversed(rejected))
