@@ -6,6 +6,7 @@ Everything that does not fit is a `ConfigError` with the dotted key. A dataclass
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: its anchors stand for more than {_MOST_NODES} values; write them out")
         _refuse_repeated_keys(root, "")
         mapping = to_mapping(yaml.safe_load(text))  # a copy without YAML's sharing: an override reaches one place only
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date that does not exist
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(mapping, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values")
@@ -163,7 +164,7 @@ def apply_override(mapping: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{key}: {parent} is {node!r}, not a group of keys")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"{key}: {text!r} is not YAML") from None
     node[_position(node, last, key) if isinstance(node, list) else last] = value
 
@@ -213,7 +214,7 @@ def _convert_scalar(hint: type, value: object, path: str) -> object:
             return float(value)
         except ValueError:
             number = False
-    if hint is float and number:
+    if hint is float and number and abs(typing.cast(float, value)) <= sys.float_info.max:
         return float(typing.cast(float, value))
     if type(value) is hint:
         return value

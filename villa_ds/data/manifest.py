@@ -54,6 +54,8 @@ INDEX_DTYPES: dict[str, str] = {
 FURTHER_DTYPES: dict[str, str] = {"group_largest": "int32", "pair_answer": "int32", "pair_rationale": "int32"}
 SPECIAL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
+_LARGEST = 2**63 - 1  # what an index array can hold
+_WIDEST = 1 << 22  # of features, classes and vocabularies: a wrong number must not ask for memory without bound
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MEND = "the manifest was edited or written by other software; write the set again with `villa-ds shards`"
 
@@ -231,8 +233,8 @@ def _parse(store: Store, content: dict[str, Any]) -> Manifest:
     manifest = Manifest(
         store=store.pinned(MANIFEST_NAME, fields.sha256("fingerprint")),
         shards=_parse_shards(fields),
-        feature_width=fields.count("feature_width", 1),
-        detector_classes=fields.count("detector_classes", 0),
+        feature_width=fields.count("feature_width", 1, _WIDEST),
+        detector_classes=fields.count("detector_classes", 0, _WIDEST),
         label_format=fields.text("label_format"),
         vocabulary=_parse_vocabulary(fields.child("vocabulary")),
         answers=tuple(fields.texts("answers")),
@@ -267,7 +269,7 @@ def _parse_shards(fields: "_Fields") -> tuple[Shard, ...]:
 
 def _parse_vocabulary(fields: "_Fields") -> Vocabulary:
     fields.only(*(item.name for item in dataclasses.fields(Vocabulary)))
-    size = fields.count("size", len(SPECIAL_PIECES))
+    size = fields.count("size", len(SPECIAL_PIECES), _WIDEST)
     ids = {name: fields.count(name, 0) for name in (*SPECIAL_PIECES, "random_low")}
     for name, value in ids.items():
         if value >= size + (name == "random_low") or (name == "pad" and value != 0):
@@ -309,10 +311,11 @@ class _Fields:
     def text(self, key: str) -> str:
         return self._get(key, str, "text")
 
-    def count(self, key: str, low: int) -> int:
-        value = self._get(key, int, f"an integer from {low} on")
-        if value < low:
-            self.fail(key, f"an integer from {low} on")
+    def count(self, key: str, low: int, high: int = _LARGEST) -> int:
+        expected = f"an integer from {low} on" if high == _LARGEST else f"an integer from {low} to {high}"
+        value = self._get(key, int, expected)
+        if not low <= value <= high:
+            self.fail(key, expected)
         return value
 
     def sha256(self, key: str) -> str:

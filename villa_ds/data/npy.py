@@ -33,7 +33,7 @@ def view(data: bytes | mmap.mmap, start: int = 0, size: int | None = None) -> ND
         raise ValueError(f"{dtype} {shape} in {'Fortran' if fortran else 'C'} order does not fill {size} bytes")
     try:
         return np.frombuffer(data, dtype, count, start + length).reshape(shape)
-    except OverflowError as error:  # an empty array with an axis longer than numpy counts
+    except (OverflowError, TypeError) as error:  # an axis longer than numpy counts, or counted by what is no integer
         raise ValueError(str(error)) from None
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from villa_ds.batch import ImageSpan, Mismatched, Regions, Sample
 from villa_ds.data import npy
-from villa_ds.data.contract import span_problems
+from villa_ds.data.contract import span_problems, target_problems
 from villa_ds.data.manifest import Manifest, Shard
 from villa_ds.data.quarantine import Damage, DamagedError
 from villa_ds.data.recent import Recent
@@ -50,6 +50,7 @@ class ShardReader:
         self.manifest = manifest
         self._shards: Recent[int, mmap.mmap] = Recent(OPEN_REMOTE_SHARDS if manifest.store.remote else OPEN_SHARDS)
         self._lost: dict[int, Damage] = {}  # shards that cannot be opened
+        self._sound = bytearray(manifest.num_groups)  # 1: texts and images were checked, which takes long
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[Manifest]]:
         return ShardReader, (self.manifest,)
@@ -91,7 +92,9 @@ class ShardReader:
         except (KeyError, TypeError) as error:
             self._damaged(group, f"lacks {error}")
         self._check(group, features, boxes)
-        self._check_texts(group, texts, images, len(features))
+        if not self._sound[group]:
+            self._check_texts(group, texts, images, len(features))
+            self._sound[group] = True
         if labels is not None:
             labels = self._dense_labels(group, labels, len(features))
         return _Group(Regions(features, boxes, labels, images), texts)
@@ -132,12 +135,16 @@ class ShardReader:
             sound = sound and all(type(text["target"]) is dict for text in texts)
             sound = sound and all(type(span.start) is int is type(span.stop) for span in images)
             problem = next(span_problems([(span.name, span.start, span.stop) for span in images], regions), None)
+            for text in texts:
+                answers = len(self.manifest.answers)
+                problem = problem or next(target_problems(text["target"], regions, answers, size), None)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             self._damaged(group, f"has texts or images that cannot be read: {error}")
         if found != expected:
             self._damaged(group, f"has texts (id, word pieces) {_shown(found)}, expected {_shown(expected)}")
         if not sound or problem is not None:
-            self._damaged(group, problem or f"has a text without target, or word pieces that are not in 0..{size - 1}")
+            said = problem and f"has texts or images against the contract: {problem}"
+            self._damaged(group, said or f"has a text without target, or word pieces that are not in 0..{size - 1}")
 
     def _dense_labels(self, group: int, labels: NDArray[Any], regions: int) -> NDArray[np.float16]:
         """Detector distributions float16 [R, C] of what is stored: the same, or float32 [R, k, 2] of the k largest."""
