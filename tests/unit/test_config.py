@@ -218,3 +218,22 @@ def test_perturbs() -> None:
         "both": ["text", "image"],
         "alternate": ["text", "image"],
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 2001-99-99", "not YAML: month must be in"),
+        ("a: &a [*a]", "its anchors stand for more than 100000 values"),
+        (
+            "\n".join(["b0: &b0 [x]", *(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9)}]" for n in range(1, 9))]),
+            "anchors",
+        ),
+        ("a: " + "[" * 5000, "not YAML: "),
+    ],
+)
+def test_yaml_that_is_made_to_hurt_is_refused_at_once(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(path)
