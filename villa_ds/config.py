@@ -31,6 +31,7 @@ class ModelConfig:
     attention_probs_dropout_prob: float | None = None
     initializer_range: float = 0.02
     fused_layer_norm: bool = True  # apex's where it is installed and the device is CUDA, torch's otherwise
+    onednn: bool = True  # large float32 products on CPUs by oneDNN instead of MKL
     activation_checkpointing: bool = False
 
 
@@ -109,6 +110,7 @@ class AdversaryConfig:
     clean: Literal["joint", "detached"] = "joint"  # whether the divergence reaches theta through the clean pass
     dropout: Literal["shared", "independent"] = "shared"  # masks of the passes of one micro-batch
     schedule: Literal["exact", "textbook"] = "exact"  # same gradients; textbook is the reference to compare with
+    clean_graph: Literal["keep", "recompute"] = "keep"  # recompute: a forward pass more, a pass's activations less
     warmup_steps: int = 0  # optimizer steps over which step size and bounds grow linearly from the phase's start
 
     def __post_init__(self) -> None:
@@ -120,6 +122,12 @@ class AdversaryConfig:
             "modality",
             self.modality,
             "objective paper already perturbs one modality at a time: use modality both",
+        )
+        require(
+            self.schedule == "exact" or self.clean_graph == "keep",
+            "clean_graph",
+            self.clean_graph,
+            "schedule textbook differentiates the clean graph in every step: use keep",
         )
         for name in ("text", "image"):
             modality: ModalityConfig = getattr(self, name)

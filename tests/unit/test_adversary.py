@@ -56,8 +56,9 @@ def test_exact_equals_textbook(name: str, modality: str, objective: str, init: s
         steps=3, objective=objective, modality=modality, init=init, clean=clean, kl_weight=1.3, **STRONG
     )  # fmt: skip
     expected, _, textbook_records = run(dataclasses.replace(exact, schedule="textbook"), module, name)
-    for keeps in (True, False):
-        gradients, _, records = run(exact, module, name, keeps=keeps)
+    recompute = dataclasses.replace(exact, clean_graph="recompute")
+    for config, keeps in ((exact, True), (exact, False), (recompute, True)):
+        gradients, _, records = run(config, module, name, keeps=keeps)
         assert_same(gradients, expected)
         assert len(records) == len(textbook_records)
         for mine, theirs in zip(records, textbook_records, strict=True):
@@ -72,6 +73,9 @@ def test_exact_equals_textbook(name: str, modality: str, objective: str, init: s
         ({"modality": "text"}, 3, 3),
         ({"modality": "both"}, 3, 3),
         ({"modality": "both", "clean": "detached"}, 3, 3),
+        ({"modality": "both", "clean_graph": "recompute"}, 4, 3),
+        ({"modality": "both", "clean_graph": "recompute", "clean": "detached"}, 3, 3),
+        ({"modality": "both", "init": "uniform", "clean_graph": "recompute"}, 5, 4),
         ({"modality": "alternate"}, 5, 5),
         ({"modality": "alternate", "clean": "detached"}, 5, 5),
         ({"modality": "both", "objective": "paper", "init": "uniform"}, 7, 7),
@@ -83,6 +87,37 @@ def test_passes_are_as_few_as_promised(settings: dict, forwards: int, backwards:
     config = AdversaryConfig(**{"steps": 3, **STRONG, **settings})
     _, passes, _ = run(config, tiny_module("vqa"), "vqa")
     assert (passes.forwards, passes.backwards, passes.finals) == (forwards, backwards, 1)
+
+
+class Saved:
+    """A tensor that a graph saved for its backward, counted while it lives."""
+
+    alive = most = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        Saved.alive += tensor.numel()
+        Saved.most = max(Saved.most, Saved.alive)
+
+    def __del__(self) -> None:
+        Saved.alive -= self.tensor.numel()
+
+
+@pytest.mark.parametrize("init", ["zero", "uniform"])
+def test_recomputing_holds_one_graph_at_a_time(init: str) -> None:
+    module, most = tiny_module("vqa"), {}
+    for setting in ("keep", "recompute"):
+        config = AdversaryConfig(modality="both", init=init, clean_graph=setting, **STRONG)
+        Saved.alive = Saved.most = 0
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            run(config, module, "vqa")
+        most[setting] = Saved.most
+    assert most["recompute"] < 0.6 * most["keep"]
+
+
+def test_the_textbook_schedule_keeps_its_clean_graph() -> None:
+    with pytest.raises(ConfigError, match=r"clean_graph: 'recompute'.*textbook"):
+        AdversaryConfig(schedule="textbook", clean_graph="recompute")
 
 
 def test_one_step_is_plain_training() -> None:

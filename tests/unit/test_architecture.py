@@ -86,6 +86,7 @@ ORDER = (
     "data.loader",
     "models.presets",
     "models.backbone",
+    "models.products",
     "models.layers",
     "models.*",
     "models.weights",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.unit.pairs import sizes_of
-from villa_ds.models import layers
+from villa_ds.models import layers, products
 from villa_ds.models.layers import Encoder, Layer, LayerNorm, WideLinear, initialize, make_layer_norm, take
 
 DTYPE = torch.float64
@@ -175,7 +175,7 @@ def test_layer_norm_keeps_the_type_of_its_input() -> None:
 
 
 def test_wide_linear_computes_in_the_type_of_its_input() -> None:
-    linear = WideLinear(HIDDEN, 3).to(torch.bfloat16)
+    linear = WideLinear(HIDDEN, 3, onednn=True).to(torch.bfloat16)
     states = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(0))
     output = linear(states)
     torch.testing.assert_close(output, F.linear(states, linear.weight.float(), linear.bias.float()))
@@ -221,3 +221,49 @@ def test_initialisation() -> None:
         else:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.2), name
             assert abs(parameter.mean().item()) < 0.004, name
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6, 24), (2, 3, 24)])
+def test_onednn_products_are_the_same_linear_map(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: bool
+) -> None:
+    if products.onednn_product() is None:
+        pytest.skip("this torch was built without oneDNN")
+    monkeypatch.setattr(products, "WORTHWHILE", 0)
+    states, weight = torch.randn(shape), torch.randn(16, 24)
+    offset = torch.randn(16) if bias else None
+    probe = torch.randn(*shape[:-1], 16)
+    results = []
+    for onednn in (True, False):
+        leaves = [leaf.clone().requires_grad_() for leaf in (states, weight, offset) if leaf is not None]
+        output = products.linear(leaves[0], leaves[1], leaves[2] if bias else None, onednn)
+        assert ("OneDnn" in type(output.grad_fn).__name__) == onednn
+        results.append([output, *torch.autograd.grad((output * probe).sum(), leaves)])
+    for mine, theirs in zip(*results, strict=True):
+        assert mine.shape == theirs.shape
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", ["states", "weight"])
+def test_onednn_products_skip_gradients_that_nobody_wants(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    if products.onednn_product() is None:
+        pytest.skip("this torch was built without oneDNN")
+    monkeypatch.setattr(products, "WORTHWHILE", 0)
+    count, kernel = [], products.onednn_product()
+    monkeypatch.setattr(products, "onednn_product", lambda: lambda *given: count.append(given) or kernel(*given))
+    states = torch.randn(4, 8, requires_grad=wanted == "states")
+    weight = torch.randn(3, 8, requires_grad=wanted == "weight")
+    products.linear(states, weight, None, True).sum().backward()
+    assert len(count) == 2  # forward and one gradient
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), [(torch.float64, True), (torch.float32, False)])
+def test_without_onednn_a_linear_map_is_torchs(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kernel: bool
+) -> None:
+    monkeypatch.setattr(products, "WORTHWHILE", 0)
+    if not kernel:
+        monkeypatch.setattr(products, "onednn_product", lambda: None)
+    states, weight = torch.randn(4, 8, dtype=dtype), torch.randn(3, 8, dtype=dtype, requires_grad=True)
+    assert torch.equal(products.linear(states, weight, None, True), states @ weight.T)

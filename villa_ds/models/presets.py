@@ -24,6 +24,7 @@ class BackboneSizes:
     attention_probs_dropout_prob: float
     initializer_range: float
     fused_layer_norm: bool
+    onednn: bool
     activation_checkpointing: bool
 
 

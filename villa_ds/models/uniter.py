@@ -70,10 +70,10 @@ class RegionEmbeddings(nn.Module):
     def __init__(self, sizes: BackboneSizes) -> None:
         super().__init__()
         width, fused = sizes.hidden_size, sizes.fused_layer_norm
-        self.img_linear = WideLinear(sizes.feature_width, width)
+        self.img_linear = WideLinear(sizes.feature_width, width, sizes.onednn)
         self.img_layer_norm = make_layer_norm(width, fused)
         self.pos_layer_norm = make_layer_norm(width, fused)
-        self.pos_linear = WideLinear(BOX_WIDTH, width)
+        self.pos_linear = WideLinear(BOX_WIDTH, width, sizes.onednn)
         # The reference's table has a row for "not masked", which it zeroes at every use; row 0 is never read here.
         self.mask_embedding = nn.Embedding(2, sizes.feature_width)
         self.LayerNorm = make_layer_norm(width, fused)

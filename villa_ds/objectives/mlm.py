@@ -18,6 +18,7 @@ from villa_ds.data.sizes import IntArray, PairSizes
 from villa_ds.errors import DataError
 from villa_ds.models.backbone import Backbone
 from villa_ds.models.layers import initialize, make_layer_norm
+from villa_ds.models.products import linear
 from villa_ds.objectives.base import Objective, Sums, register, require_types
 from villa_ds.objectives.inputs import TextLayout, text_layout
 from villa_ds.objectives.reductions import total, widen
@@ -64,13 +65,14 @@ class Transform(nn.Module):
 class TiedDecoder(nn.Module):
     """Projection to the vocabulary with the word embedding itself."""
 
-    def __init__(self, word_embedding: nn.Parameter) -> None:
+    def __init__(self, word_embedding: nn.Parameter, onednn: bool) -> None:
         super().__init__()
         self.weight = word_embedding
+        self.onednn = onednn
 
     def forward(self, states: Tensor) -> Tensor:
         """[M, H] to [M, V]."""
-        return F.linear(states, self.weight)
+        return linear(states, self.weight, None, self.onednn)
 
 
 class Predictions(nn.Module):
@@ -80,7 +82,7 @@ class Predictions(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(backbone.word_embedding.new_zeros(backbone.vocabulary_size))
         self.transform = Transform(backbone)
-        self.decoder = TiedDecoder(cast(nn.Parameter, backbone.word_embedding))
+        self.decoder = TiedDecoder(cast(nn.Parameter, backbone.word_embedding), backbone.sizes.onednn)
 
     def forward(self, states: Tensor) -> Tensor:
         """[M, H] to [M, V]."""

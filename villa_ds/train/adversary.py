@@ -173,6 +173,7 @@ class _MicroBatch:
         self.strength, self.observe = strength, observe or (lambda record: None)
         self.settings = {TEXT: config.text, REGIONS: config.image}
         self.shares_masks = config.dropout == "shared" or not passes.stochastic
+        self.keeps_clean = config.clean_graph == "keep"
         wide = torch.promote_types(batch.boxes.dtype, torch.float32)
         rows, text_length = batch.input_ids.shape
         shapes = {TEXT: (rows, text_length, widths[0]), REGIONS: (rows, batch.features.shape[1], widths[1])}
@@ -188,7 +189,8 @@ class _MicroBatch:
 
         With zero initialisation and shared masks the clean pass *is* ascent step 0 of every branch (the divergence and
         its gradient are zero there), and the clean graph is differentiated for the parameters once, at the end, with
-        the cotangent that all divergence terms left on its logits.
+        the cotangent that all divergence terms left on its logits. Where its graph is not kept over the other passes,
+        the clean pass is run once more for that.
         """
         if self.config.init == "zero" and self.shares_masks:
             return self._clean_pass_is_step_zero()
@@ -218,6 +220,7 @@ class _MicroBatch:
         step_weight = terms.scale * terms.task  # of L in one branch of one ascent step
         clean_weight = terms.clean + step_weight * len(terms.branches)
         joint = config.clean == "joint" and terms.kl > 0 and config.steps > 1
+        keeps = self.keeps_clean and self.passes.keeps_clean_graph
         leaves = self._leaves(tuple(self.deltas), config.steps > 1)
         perturbation = Perturbation(leaves.get(TEXT), leaves.get(REGIONS))
         if not joint:
@@ -226,13 +229,10 @@ class _MicroBatch:
             # Ascent takes the branch's own gradient, not that of the weighted clean loss.
             factor = step_weight / (clean_weight * self.passes.gradient_scale) if clean_weight else 0.0
             gradients = {name: leaf.grad * factor for name, leaf in leaves.items() if leaf.grad is not None}
-        elif self.passes.keeps_clean_graph:
-            clean = self.passes.forward_kept(perturbation, 0)
-            gradients = self._input_gradients(step_weight * clean.loss, leaves, retain_graph=True)
         else:
-            probe = self.passes.probe(perturbation, 0)
-            gradients = self._input_gradients(step_weight * probe.loss, leaves, retain_graph=False)
-            clean = self.passes.forward_kept(None, 0)
+            run = self.passes.forward_kept if keeps else self.passes.probe
+            clean = run(perturbation, 0)
+            gradients = self._input_gradients(step_weight * clean.loss, leaves, retain_graph=keeps)
         zero = clean.loss.new_zeros(())
         for branch in terms.branches:
             self._update(0, clean, zero, {name: leaves[name] for name in branch}, gradients)
@@ -241,7 +241,7 @@ class _MicroBatch:
         else:
             anchor = clean.logits.detach().requires_grad_()
             self._perturbed_passes(1, anchor, final=False)
-            self._backward_clean(clean, clean_weight, anchor)
+            self._backward_clean(clean if keeps else self.passes.forward(None, 0), clean_weight, anchor)
         return clean
 
     def _separate_clean_pass(self) -> LossOutput | None:
@@ -250,10 +250,14 @@ class _MicroBatch:
             self._perturbed_passes(0, None, final=True)
             return None
         if self.config.clean == "joint" and terms.kl > 0:
-            clean = self.passes.forward_kept(None, 0)
+            if self.keeps_clean:
+                clean = self.passes.forward_kept(None, 0)
+            else:
+                with torch.no_grad():
+                    clean = self.passes.probe(None, 0)
             anchor = clean.logits.detach().requires_grad_()
             self._perturbed_passes(0, anchor, final=False)
-            self._backward_clean(clean, terms.clean, anchor)
+            self._backward_clean(clean if self.keeps_clean else self.passes.forward(None, 0), terms.clean, anchor)
             return clean
         if terms.clean:
             clean = self.passes.forward(None, 0)
