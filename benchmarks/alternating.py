@@ -52,13 +52,14 @@ def peak_memory(run: Run) -> int | None:
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
-        before = _status("VmRSS")
+        before = status("VmRSS")
         run()
-        return max(0, _status("VmHWM") - before)
+        return max(0, status("VmHWM") - before)
     except OSError:
         return None
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
+    """Bytes that Linux says of this process: VmRSS, VmHWM."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024

@@ -190,6 +190,7 @@ class EngineConfig:
     ds_config: str | None = None  # a file of ds_configs/, or a path
     device: str | None = None  # None: CUDA if there is one
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_reduction: Literal["auto", "once", "every_pass"] = "auto"  # ZeRO 2 and 3; auto: once at 2, every_pass at 3
     threads: int = 0  # CPU threads; 0 leaves torch's choice
 
     def __post_init__(self) -> None:

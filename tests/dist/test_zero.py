@@ -46,7 +46,9 @@ def assert_equal_states(folder: Path, reference: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("config", ["zero0", "zero1", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize(
+    "config", ["zero0", "zero1", "zero2", "zero2:every_pass", "zero3", "zero3:once", "zero3_offload"]
+)
 def test_equals_plain_pytorch(config: str, world: int, reference: Path, tmp_path: Path) -> None:
     """Tied weights, heads that sit out steps, both schedules, numbers of passes that change, dropout on."""
     run_ranks(world, WORKER, "deepspeed", config, str(tmp_path), str(STEPS))

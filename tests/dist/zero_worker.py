@@ -1,6 +1,6 @@
 """One rank of the ZeRO parity test: COUNT optimizer steps of changing objectives, plain and adversarial.
 
-    zero_worker.py ENGINE DS_CONFIG OUT COUNT [LOAD START]
+    zero_worker.py ENGINE DS_CONFIG[:GRADIENT_REDUCTION] OUT COUNT [LOAD START]
 
 Writes the parameters' state to OUT (rank by rank) and prints one JSON line of gradient norms. All M = 4 lanes are
 taken, whatever the number of ranks.
@@ -23,7 +23,7 @@ STRONG = {"text": ModalityConfig(0.7, 0.9), "image": ModalityConfig(0.5, 0.8)}
 # (objective, adversary): heads change from step to step, so do the numbers of passes; both schedules.
 STEPS = (
     ("mlm", AdversaryConfig(modality="both", **STRONG)),
-    ("itm", AdversaryConfig(modality="alternate", **STRONG)),
+    ("itm", AdversaryConfig(modality="alternate", clean_graph="recompute", **STRONG)),
     ("mlm", None),
     ("mrfr", AdversaryConfig(modality="image", clean="detached", **STRONG)),
     ("itm", AdversaryConfig(steps=2, objective="paper", modality="both", init="uniform", **STRONG)),
@@ -37,7 +37,9 @@ def main() -> None:
     name, ds_config, out, count, *load = sys.argv[1:]
     module = tiny_module("mlm", "itm", "mrfr", "mrckl", dtype=torch.float32, dropout=0.1)
     optimizer = OptimizerConfig(name="release_adamw", clip_norm=1.0, weight_decay=0.01)
-    engine = build_engine(module, EngineConfig(name=name, ds_config=ds_config, device="cpu"), optimizer)
+    ds_config, _, reduction = ds_config.partition(":")
+    settings = EngineConfig(name=name, ds_config=ds_config, device="cpu", gradient_reduction=reduction or "auto")
+    engine = build_engine(module, settings, optimizer)
     start = 0
     if load:
         engine.load(Path(load[0]))

@@ -125,6 +125,10 @@ class DeepSpeedEngine:
         if self._scales_loss and self._stage == 0:
             raise ConfigError("engine.precision: float16 needs ZeRO stage 1, 2 or 3: change engine.ds_config")
         self.keeps_clean_graph = self._stage < 3
+        # Stages 0 and 1 reduce at the boundary anyhow; 2 would do so after every pass of the adversary.
+        wanted = {"auto": self._stage == 2}.get(config.gradient_reduction, config.gradient_reduction == "once")
+        self._reduces_once = wanted and self._stage >= 2
+        self._unreduced = contextlib.ExitStack()
         self.passes = self.calls = 0
         settings |= {
             "train_micro_batch_size_per_gpu": 1,
@@ -191,10 +195,15 @@ class DeepSpeedEngine:
     def backward(self, scalar: Tensor, *, boundary: bool, retain_graph: bool = False) -> None:
         """One micro-step; the boundary's `step` waits for `update`."""
         self.calls += 1
+        if self._reduces_once and self.passes == 0:
+            self._unreduced.enter_context(self._engine.coalesce_grad_reduction())
         self._engine.set_gradient_accumulation_boundary(boundary)
         self._engine.backward(scalar, retain_graph=retain_graph, scale_wrt_gas=False)
         self.passes += 1
-        if not boundary:
+        if boundary:
+            self._unreduced.close()
+            self._engine.set_gradient_accumulation_boundary(True)
+        elif not self._reduces_once:
             self._engine.step()
 
     def update(self, learning_rate: float) -> float:
