@@ -2,8 +2,8 @@
 
 All are on the device at the same time, weights only, so that every micro-batch is read and prepared once and no scores
 are kept: memory is the members' weights, whatever the size of the set. One after the other would need as many passes
-over the data, and all scores of all members until the last (2.9 GB for a million questions of 3,129 answers at half
-precision, for each of them).
+over the data, and all scores of all members until the last (6.3 GB a member for a million questions of
+3,129 answers at half precision).
 
 Objectives whose head gives the logits of exclusive classes average probabilities: the mixture's log loss is at most the
 members' mean. Where a head gives scores of their own (independent sigmoids, ranks, regressions) these are averaged as
