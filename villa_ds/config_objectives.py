@@ -88,7 +88,7 @@ class Nlvr2Config:
 
 @dataclass(frozen=True)
 class RefexpConfig:
-    """Referring expressions."""
+    """Referring expressions; defaults are those of the release's `train_re.py`."""
 
     loss: Literal["cls", "rank"] = "cls"  # classify the regions, or rank the one meant above another
     layers: Literal[1, 2] = 1  # of the head
