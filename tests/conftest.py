@@ -18,6 +18,16 @@ def whole_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mapping[
     return folder, demo_with_benchmark(folder)
 
 
+@pytest.fixture(scope="session")
+def small_benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `villa-ds shards demo --benchmark --images 80`, made once (some seconds)."""
+    from villa_ds.data.convert.benchmark import demo_with_benchmark
+
+    folder = tmp_path_factory.mktemp("benchmark") / "out"
+    demo_with_benchmark(folder, images=80, processes=1)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _logger_as_it_was() -> Iterator[None]:
     """A run takes over the package's logger; the next test must see the one it started with."""

@@ -33,11 +33,9 @@ NAMES = [f"{task.name}/{part}" for task in TASKS for part in task.groups]
 RELATIONS = ("contradiction", "entailment", "neutral")
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("benchmark") / "out"
-    demo_with_benchmark(folder, images=IMAGES, processes=1)
-    return folder
+@pytest.fixture
+def out(small_benchmark: Path) -> Path:
+    return small_benchmark
 
 
 @pytest.fixture(scope="module")
