@@ -82,7 +82,7 @@ TASKS = (
     SceneTask("scenes-pretrain", {"train": 4000, "validation": 300}, 10, (1, 1, 1, 1, 2, 2, 2, 3, 4), statements),
     SceneTask("scenes-vqa", {"train": 1200, "validation": 300, "test": 600}, 6, (2, 3, 4), questions, ANSWERS),
     SceneTask("ve", {"train": 1200, "validation": 300, "test": 600}, 6, (2, 3, 4), hypotheses, RELATIONS),
-    SceneTask("nlvr2", {"train": 4000, "validation": 600, "test": 1600}, 1, (2, 3)),
+    SceneTask("nlvr2", {"train": 4000, "validation": 600, "test": 1600}, 1, (1, 2)),
     SceneTask("vcr", {"train": 1000, "validation": 200, "test": 600}, 3, (4,), choices, mentions=MENTIONS),
     SceneTask("re", {"train": 1000, "validation": 200, "test": 600}, 5, (3, 4), expressions, annotated=True),
     SceneTask("re-detected", {"validation": 200, "test": 600}, 5, (3, 4), expressions),
