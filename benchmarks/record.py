@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def environment() -> dict[str, Any]:
-    """Machine, versions, command and commit."""
+def environment(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Machine, versions (of further `packages` too), command and commit."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": " ".join(["python", *sys.argv]),
@@ -31,8 +32,13 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
         "load_average_at_start": os.getloadavg()[0],
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, *packages) if installed(name)},
     }
+
+
+def installed(package: str) -> bool:
+    """Whether its version can be told."""
+    return bool(list(importlib.metadata.distributions(name=package)))
 
 
 def write(name: str, content: dict[str, Any]) -> Path:

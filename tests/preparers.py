@@ -19,6 +19,7 @@ class Plain:
     candidates: int = 0
     row_rule: RowRule = PAIR_ROW
     reads: Reads = Reads.POOLED
+    reads_labels: bool = False
 
     def prepare(self, sample: Sample, stream: Stream) -> Example:
         regions = sample.regions if sample.negative is None else sample.negative

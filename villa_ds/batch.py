@@ -11,11 +11,14 @@ import dataclasses
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Regions:
 
     features: NDArray[np.float16]  # [R, D]
     boxes: NDArray[np.float32]  # [R, 7] x1 y1 x2 y2 w h area, normalised per image
-    labels: NDArray[np.float16] | None  # [R, C] detector distribution, column 0 = background
+    labels: NDArray[np.float16] | None  # [R, C] detector distribution, column 0 = background; or none read
     images: tuple[ImageSpan, ...]
 
     def __len__(self) -> int:
@@ -45,7 +48,7 @@ class Mismatched:
     """Another group that a pair is ranked against: its regions and the word pieces of its texts."""
 
     regions: Regions
-    texts: Sequence[Sequence[int]]
+    texts: Sequence[NDArray[np.int32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,11 @@ class Sample:
     """One (image, text) pair as read from a shard."""
 
     id: str
-    word_pieces: NDArray[np.int32]  # [L] without [CLS], [SEP]
+    word_pieces: NDArray[np.int32]  # [L] without [CLS], [SEP]; may be read-only
     regions: Regions
     target: Mapping[str, object]  # the text's own targets as stored, e.g. {"labels": [3], "scores": [1.0]}
     negative: Regions | None = None  # the mismatched image that the plan chose, if any
-    negative_texts: Sequence[Sequence[int]] = ()  # word pieces of that image's texts
+    negative_texts: Sequence[NDArray[np.int32]] = ()  # word pieces of that image's texts
     candidates: Sequence[Mismatched] = ()  # as many other groups as the objective ranks the pair against
 
 
@@ -161,19 +164,22 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(Tensor, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory (torch's DataLoader calls this)."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map(Tensor, lambda tensor: tensor.pin_memory())
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+    def map(self, kind: type[T], function: Callable[[T], object]) -> "Batch":
+        """The batch with `function` of each field of this kind, targets included, in its stead."""
         changes: dict[str, object] = {
             item.name: function(value)
             for item in dataclasses.fields(self)
-            if isinstance(value := getattr(self, item.name), Tensor)
+            if isinstance(value := getattr(self, item.name), kind)
         }
-        changes["targets"] = {name: function(value) for name, value in self.targets.items()}
+        changes["targets"] = {
+            name: function(value) if isinstance(value, kind) else value for name, value in self.targets.items()
+        }
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 

@@ -6,6 +6,7 @@ methods may change theirs).
 """
 
 import hashlib
+import threading
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,15 +25,38 @@ def seed_of(*path: Key) -> int:
     return key_of(*path) & (2**63 - 1)
 
 
+class _Thread(threading.local):
+    """A generator for each thread, set anew for each use: to make one takes five times as long."""
+
+    def __init__(self) -> None:
+        self.bits = np.random.Philox(key=0)
+
+
+_thread = _Thread()
+_BUFFERED = np.zeros(4, np.uint64)  # words that a generator holds ready: none, by the position behind them
+
+
 class Stream:
     """Random numbers of one key, drawn in order."""
 
     def __init__(self, *path: Key) -> None:
-        self._bits = np.random.Philox(key=key_of(*path))
+        key = key_of(*path)
+        self._key = np.array([key & (2**64 - 1), key >> 64], np.uint64)
+        self._drawn = 0
 
     def words(self, count: int) -> NDArray[np.uint64]:
         """`count` words, uniform over 64 bits."""
-        return np.asarray(self._bits.random_raw(count), dtype=np.uint64)
+        blocks, rest = divmod(self._drawn, 4)  # a counter's step yields four words
+        self._drawn += count
+        _thread.bits.state = {
+            "bit_generator": "Philox",
+            "state": {"counter": np.array([blocks, 0, 0, 0], np.uint64), "key": self._key},
+            "buffer": _BUFFERED,
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        return np.asarray(_thread.bits.random_raw(rest + count), dtype=np.uint64)[rest:]
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """`count` numbers in [0, 1), on the grid of 2**-53."""

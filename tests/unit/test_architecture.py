@@ -79,6 +79,7 @@ ORDER = (
     "data.regroup",
     "data.statistics",
     "data.charts",
+    "data.buffers",
     "data.collate",
     "data.digest",
     "data.delivery",

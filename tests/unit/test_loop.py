@@ -65,7 +65,7 @@ def delivered(root: Path) -> list[StepBatches]:
 
 
 def steps_of(recipe: Recipe) -> Iterator[StepBatches]:
-    return iter(training_loader(recipe, open_data(recipe), BatchPlan(recipe.data.lanes), 0, None))
+    return iter(training_loader(recipe, open_data(recipe), BatchPlan(recipe.data.lanes), 0, None, torch.device("cpu")))
 
 
 def checkpoint(run: Path, step: int) -> Path:

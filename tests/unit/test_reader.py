@@ -1,5 +1,6 @@
 """Reading shards: what was written comes back, and damage is named."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -193,3 +194,69 @@ def test_features_of_another_width_are_refused_with_both_widths(copy: Manifest, 
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"shard-000000\.tar: group 0 .* width 24, but the set is 16 wide"):
         ShardReader(load_manifest(copy.folder)).sample(0)
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_other_software_are_read_alike(shards: Manifest, copy: Manifest, form: int) -> None:
+    path = copy.folder / copy.shards[0].name
+    offsets = []
+    with tarfile.open(shards.folder / path.name) as old, tarfile.open(path, "w", format=form) as new:
+        for member in old:
+            content = old.extractfile(member)
+            if form == tarfile.PAX_FORMAT:
+                member.pax_headers = {"comment": "x"}
+            if member.name.endswith(".boxes.npy"):  # the first of a group
+                offsets.append(new.offset)
+            new.addfile(member, content)
+    record = dataclasses.replace(copy.shards[0], bytes=path.stat().st_size)
+    index = dict(copy.index)
+    index["group_offset"] = np.array(offsets + copy.index["group_offset"][len(offsets) :].tolist(), np.int64)
+    foreign = dataclasses.replace(copy, shards=(record, *copy.shards[1:]))
+    foreign.__dict__["index"] = index
+    expected, reader = ShardReader(shards), ShardReader(foreign)
+    for pair in range(shards.num_pairs):
+        got, wanted = reader.sample(pair), expected.sample(pair)
+        assert (got.id, got.target, got.regions.images) == (wanted.id, wanted.target, wanted.regions.images)
+        assert got.regions.features.tobytes() == wanted.regions.features.tobytes()
+        assert got.regions.boxes.tobytes() == wanted.regions.boxes.tobytes()
+
+
+def test_labels_that_nobody_asked_for_are_neither_read_nor_checked(copy: Manifest) -> None:
+    path = copy.folder / copy.shards[0].name
+    with tarfile.open(path) as archive:
+        member = archive.getmember("g00000.labels.npy")
+    data = bytearray(path.read_bytes())
+    end = member.offset_data + member.size
+    data[end - 2 : end] = np.float16(np.nan).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(DamageError, match="has labels that are not finite"):
+        ShardReader(copy).sample(0)
+    reader = ShardReader(copy, labels=False)
+    assert reader.sample(0).regions.labels is None
+    assert pickle.loads(pickle.dumps(reader)).sample(0).regions.labels is None  # noqa: S301
+
+
+def test_views_stay_good_when_mapped_pages_are_given_back(shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [ShardReader(shards).sample(pair).regions.features.tobytes() for pair in range(shards.num_pairs)]
+    monkeypatch.setattr(reader_module, "RESIDENT_BYTES", 1)
+    reader = ShardReader(shards)
+    reader.fetch(range(shards.num_groups))
+    kept = [reader.sample(pair).regions.features for pair in range(shards.num_pairs)]
+    assert [features.tobytes() for features in kept] == expected
+
+
+def test_fetching_passes_over_what_cannot_be_opened(copy: Manifest) -> None:
+    (copy.folder / copy.shards[1].name).unlink()
+    reader = ShardReader(copy)
+    reader.fetch(range(copy.num_groups))
+    assert reader.sample(0).id == "t000000"
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
+@pytest.mark.parametrize("rest", [65504, -65504, -0.0])
+def test_one_number_that_is_not_finite_is_found(value: float, rest: float) -> None:
+    array = np.full((3, 5), rest, np.float16)
+    assert reader_module.all_finite(array)
+    array[1, 3] = value
+    assert not reader_module.all_finite(array)
+    assert reader_module.all_finite(array[:0])

@@ -3,7 +3,7 @@
 Shape legend: B rows, T padded text length, R padded region count, D feature width, Q read slots a row, M packed items.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,18 @@ from torch import Tensor
 
 from villa_ds.batch import Batch, Example, Reads
 
+Empty = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]  # gives arrays with any content, as `np.empty` does
 
-def collate(examples: Sequence[Example], reads: Reads) -> Batch:
+
+def collate(examples: Sequence[Example], reads: Reads, empty: Empty = np.empty) -> Batch:
     """The batch of at least one example; the examples are left as they are, and nothing is shared with them.
 
     The rows of one example stay together, so that B is the number of all their rows.
 
     Features keep their stored type (the widest among the examples). Targets are concatenated along axis 0, integers as
     int64, floats as float32 or wider. With `Reads.SLOTS` a row's read slots are its `read_text`, then its
-    `read_regions`, in the order given, so that the packed ones line up with the targets.
+    `read_regions`, in the order given, so that the packed ones line up with the targets. `empty` makes the
+    arrays of the regions, which are large.
     """
     rows = [row for example in examples for row in example.rows]
     text_lengths = np.array([len(row.input_ids) for row in rows])
@@ -32,8 +35,8 @@ def collate(examples: Sequence[Example], reads: Reads) -> Batch:
         input_ids=_pad([row.input_ids for row in rows]),
         token_types=_pad([row.token_types for row in rows]),
         text_lengths=torch.from_numpy(text_lengths),
-        features=_pad([row.features for row in rows]),
-        boxes=_pad([row.boxes for row in rows]),
+        features=_pad([row.features for row in rows], empty),
+        boxes=_pad([row.boxes for row in rows], empty),
         region_types=_pad([row.region_types for row in rows]),
         region_counts=torch.from_numpy(region_counts),
         joint_length=int((text_lengths + region_counts).max()),
@@ -47,12 +50,14 @@ def collate(examples: Sequence[Example], reads: Reads) -> Batch:
     )
 
 
-def _pad(arrays: Sequence[NDArray[Any]]) -> Tensor:
+def _pad(arrays: Sequence[NDArray[Any]], empty: Empty = np.empty) -> Tensor:
     """[B, longest, ...] with the arrays' own axes after the first, zeros on the right."""
     longest = max(len(array) for array in arrays)
-    padded = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), np.result_type(*{array.dtype for array in arrays}))
+    dtype = np.result_type(*{array.dtype for array in arrays})
+    padded = empty((len(arrays), longest, *arrays[0].shape[1:]), dtype)
     for row, array in zip(padded, arrays, strict=True):
         row[: len(array)] = array
+        row[len(array) :] = 0
     return torch.from_numpy(padded)
 
 

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from villa_ds.batch import Batch, Example, Reads, Sample
-from villa_ds.data.collate import collate
+from villa_ds.data.buffers import Buffers, Place
+from villa_ds.data.collate import Empty, collate
 from villa_ds.data.line import IntArray
 from villa_ds.data.quarantine import Damage, DamagedError
 from villa_ds.data.reader import ShardReader
@@ -34,6 +35,7 @@ class Preparer(Protocol):
     reads: Reads
     negative_probability: float
     candidates: int
+    reads_labels: bool
 
     @property
     def row_rule(self) -> RowRule:
@@ -78,7 +80,25 @@ class Delivered:
         return Delivered(self.batch.pin_memory(), self.damage)
 
 
-class BatchMaker(Dataset[Delivered | VillaError]):
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A batch whose tensors lie in a buffer, as `villa_ds.data.buffers.Place`, and the damage."""
+
+    batch: Batch
+    damage: tuple[Damage, ...]
+    buffers: Buffers
+    number: int
+
+    def open(self) -> Delivered:
+        """The batch with its tensors."""
+        return Delivered(self.batch.map(Place, self.buffers.lease(self.number).tensor), self.damage)
+
+    def pin_memory(self) -> Delivered:
+        """As `Delivered.pin_memory`; the buffer is free again at once."""
+        return self.open().pin_memory()
+
+
+class BatchMaker:
     """Reads, prepares and collates what a `Request` asks for: a function of the request, the sources and the seed.
 
     A pair that is damaged, or whose mismatched image is, has no row in the batch. Where none is left, others of the set
@@ -89,20 +109,11 @@ class BatchMaker(Dataset[Delivered | VillaError]):
         self._sources = sources
         self._seed = seed
 
-    def __getitem__(self, request: Request) -> Delivered | VillaError:
-        """The batch, or the error that the user can mend.
-
-        It is returned because torch would wrap a raised one of another process into the text of a traceback.
-        """
-        try:
-            return self.make(request)
-        except VillaError as error:
-            return error
-
-    def make(self, request: Request) -> Delivered:
-        """Read, prepare and collate; each pair draws from a stream of its own."""
+    def make(self, request: Request, empty: Empty = np.empty) -> Delivered:
+        """Read, prepare and collate, into arrays of `empty`; each pair draws from a stream of its own."""
         source = self._sources[request.source]
         damage: list[Damage] = []
+        source.reader.fetch(_groups_of(source, request))
         planned = [
             (pair, _read(source.reader, pair, negative, candidates, damage))
             for pair, negative, candidates in zip(
@@ -113,7 +124,7 @@ class BatchMaker(Dataset[Delivered | VillaError]):
         samples = samples or self._stand_ins(source, request, damage)
         objective, path = source.objective, (self._seed, source.name, "prepare", source.objective.name, request.epoch)
         examples = [objective.prepare(sample, Stream(*path, pair)) for pair, sample in samples]
-        return Delivered(collate(examples, objective.reads), tuple(dict.fromkeys(damage)))
+        return Delivered(collate(examples, objective.reads, empty), tuple(dict.fromkeys(damage)))
 
     def _stand_ins(self, source: Source, request: Request, damage: list[Damage]) -> list[tuple[int, Sample]]:
         """Pairs and samples for a micro-batch that has no sound pair: drawn from the whole set, for each row its own.
@@ -145,6 +156,13 @@ class BatchMaker(Dataset[Delivered | VillaError]):
         return found
 
 
+def _groups_of(source: Source, request: Request) -> list[int]:
+    """The groups that a request reads, each once."""
+    own = source.reader.manifest.index["pair_group"][request.pairs]
+    others = np.concatenate([request.negatives, request.candidates.ravel()])
+    return list(dict.fromkeys([*own.tolist(), *others[others >= 0].tolist()]))
+
+
 def _read(
     reader: ShardReader, pair: int, negative: int, candidates: Sequence[int], damage: list[Damage]
 ) -> Sample | None:
@@ -155,12 +173,14 @@ def _read(
     except DamagedError as error:
         damage.append(error.damage)
         return None
+    if not candidates:
+        return sample
     for group in candidates:
         try:
             sound.append(reader.mismatched(group))
         except DamagedError as error:
             damage.append(error.damage)
-    if candidates and not sound:
+    if not sound:
         return None
     return dataclasses.replace(sample, candidates=[sound[place % len(sound)] for place in range(len(candidates))])
 
@@ -176,19 +196,53 @@ def _planned(source: Source, pairs: IntArray, negatives: IntArray, candidates: I
     return source.objective.row_rule.planned_tokens(sizes)
 
 
+class _Filler(Dataset[Delivered | _Placed | VillaError]):
+    """What runs in a loader process: batches made into buffers."""
+
+    def __init__(self, maker: BatchMaker, buffers: Buffers) -> None:
+        self._maker, self._buffers = maker, buffers
+
+    def __getitem__(self, request: Request) -> Delivered | _Placed | VillaError:
+        """The batch, or the error that the user can mend.
+
+        It is returned because torch would wrap a raised one of another process into the text of a traceback.
+        """
+        process = get_worker_info()
+        filling = self._buffers.take(0 if process is None else process.id)
+        try:
+            made = self._maker.make(request, np.empty if filling is None else filling.empty)
+        except VillaError as error:
+            if filling is not None:
+                self._buffers.drop(filling.number)
+            return error
+        if filling is None:
+            return made
+        return _Placed(made.batch.map(torch.Tensor, filling.place), made.damage, self._buffers, filling.number)
+
+
 def deliver(
-    maker: BatchMaker, requests: Iterable[Request], workers: int, prefetch: int, pin_memory: bool = False
+    maker: BatchMaker,
+    requests: Iterable[Request],
+    workers: int,
+    prefetch: int,
+    *,
+    held: int,
+    batch_bytes: int,
+    pin_memory: bool = False,
 ) -> Generator[Delivered, None, None]:
     """The batches of `requests`, in order.
 
     `workers` processes (0: none), which start at once, are up to `prefetch` requests ahead each; they end with the
     iterator. `pin_memory` puts batches into page-locked memory. Raises the `VillaError` of a request when its batch
-    would be due.
+    would be due. The memory of a batch is used again when its tensors are gone; `held`: how many the caller has at a
+    time, `batch_bytes`: the most that one is expected to take. More and larger ones are slower, no error.
     """
+    count = (prefetch + 1 if workers else 0) + -(-held // max(workers, 1))
+    filler = _Filler(maker, Buffers(workers, count, batch_bytes))
     if workers:
         _allow_many_files()
     batches = DataLoader(
-        maker,
+        filler,
         batch_size=None,
         sampler=requests,
         num_workers=workers,
@@ -201,11 +255,12 @@ def deliver(
     return _sound(iter(batches))  # not lazily: processes are forked before the caller starts threads
 
 
-def _sound(batches: Iterator[Delivered | VillaError]) -> Generator[Delivered, None, None]:
+def _sound(batches: Iterator[Delivered | _Placed | VillaError]) -> Generator[Delivered, None, None]:
     for made in batches:
         if isinstance(made, VillaError):
             raise made
-        yield made
+        yield made.open() if isinstance(made, _Placed) else made
+        del made  # or its memory would be in use while the next is waited for
 
 
 def _allow_many_files() -> None:

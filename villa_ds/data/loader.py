@@ -81,7 +81,10 @@ class Loader:
         self._pin_memory = pin_memory
         self._sets = sets
         self._plans = {name: self._plan(name, sets[name]) for name in dict.fromkeys(name for name, _, _ in tasks)}
-        readers = {name: ShardReader(sets[name]) for name in self._plans}
+        readers = {
+            name: ShardReader(sets[name], labels=any(task.reads_labels for data, task, _ in tasks if data == name))
+            for name in self._plans
+        }
         sources = [Source(name, readers[name], objective, data.max_text_length) for name, objective, _ in tasks]
         self._maker = BatchMaker(sources, seed)
         self._state = _State(0, dict.fromkeys(self._plans, Position())) if position is None else self._parse(position)
@@ -155,7 +158,13 @@ class Loader:
     def _deliver(self) -> Generator[StepBatches, None, None]:
         planned: deque[_PlannedStep] = deque()
         batches = deliver(
-            self._maker, self._requests(planned), self._data.workers, self._data.prefetch, self._pin_memory
+            self._maker,
+            self._requests(planned),
+            self._data.workers,
+            self._data.prefetch,
+            held=2 * self._batch_plan.lanes_per_rank,  # a step's, and those of the one before it
+            batch_bytes=max(_batch_bytes(self._sets[name], self._data) for name in self._plans),
+            pin_memory=self._pin_memory,
         )
         with Ahead({name: self._sets[name] for name in self._plans}, self._data) as ahead:
             while self._state.step < self._total_steps:
@@ -213,7 +222,8 @@ class EvaluationLoader:
             ),
         )
         longest = int(manifest.index["pair_length"].max())
-        self._maker = BatchMaker([Source(EVALUATION_NAME, ShardReader(manifest), objective, longest)], EVALUATION_SEED)
+        reader = ShardReader(manifest, labels=objective.reads_labels)
+        self._maker = BatchMaker([Source(EVALUATION_NAME, reader, objective, longest)], EVALUATION_SEED)
         self._manifest = manifest
         count = self._plan.epoch(0).micro_batches
         self._count = count if limit is None else min(count, limit)
@@ -225,7 +235,10 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[tuple[Batch, bool]]:
         numbers = range(self._rank, len(self) * self._world, self._world)
         requests = map(self._request, numbers)
-        batches = deliver(self._maker, requests, self._data.workers, self._data.prefetch, self._pin_memory)
+        batches = deliver(
+            self._maker, requests, self._data.workers, self._data.prefetch,
+            held=2, batch_bytes=_batch_bytes(self._manifest, self._data), pin_memory=self._pin_memory,
+        )  # fmt: skip
         with Ahead({EVALUATION_NAME: self._manifest}, self._data) as ahead:
             for number in numbers:
                 ahead.want({EVALUATION_NAME: self._shards_from(number)})
@@ -251,6 +264,11 @@ def _request(source: int, objective: Preparer, micro_batch: MicroBatch) -> Reque
         micro_batch.negatives_for(objective.negative_probability),
         micro_batch.candidates[:, : objective.candidates],
     )
+
+
+def _batch_bytes(manifest: Manifest, data: DataConfig) -> int:
+    """The most that a batch takes if every token is a region, and all are masked."""
+    return data.tokens * (2 * manifest.feature_width + 4 * manifest.detector_classes + 256)
 
 
 def _plan(manifest: Manifest, settings: PlanSettings) -> DataPlan:

@@ -1,7 +1,7 @@
 """A bounded memory of what was computed or opened last."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -14,6 +14,13 @@ class Recent(Generic[K, V]):
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._values: OrderedDict[K, V] = OrderedDict()
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._values
+
+    def values(self) -> Iterable[V]:
+        """What is kept."""
+        return self._values.values()
 
     def get(self, key: K, make: Callable[[], V]) -> V:
         """The value of `key`, from memory or from `make`."""

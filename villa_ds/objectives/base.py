@@ -39,6 +39,7 @@ class Objective(abc.ABC):
     adaptation: Adaptation = Adaptation()  # how pre-trained weights are made to fit
     negative_probability: float = 0.0  # share of pairs whose image the plan replaces by another
     candidates: int = 0  # other images, each with a text, that the plan draws for every pair
+    reads_labels: bool = False  # whether `prepare` looks at `Regions.labels`, which are not read otherwise
     evaluates: bool = False  # a copy for held-out sets, see `held_out`
     screens: bool = False  # whether `screened` decides which rows are trained
     truth: frozenset[str] = frozenset()  # keys of `predictions` that tell of the target

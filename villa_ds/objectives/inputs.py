@@ -1,6 +1,5 @@
 """What every objective's `prepare` starts from: the pair in the reference's single-sequence form."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import cast
 
@@ -62,14 +61,23 @@ class TextLayout:
 
     def example(self, sample: Sample) -> Example:
         """[CLS] and the segments, with the sample's regions; nothing masked, no targets."""
-        pieces, types = [np.array([self.vocabulary.cls])], [np.array([TEXT_TYPE])]
-        for segment, type_ in self.segments(sample):
-            pieces += [segment, np.array([self.vocabulary.sep])]
-            types.append(np.full(len(segment) + 1, type_))
-        return dataclasses.replace(
-            plain_example(sample, sample.regions, self.vocabulary),
-            input_ids=np.concatenate(pieces).astype(np.int64),
-            token_types=np.concatenate(types).astype(np.int64),
+        segments = self.segments(sample)
+        length = 1 + sum(len(segment) + 1 for segment, _ in segments)
+        input_ids, token_types = np.empty(length, np.int64), np.empty(length, np.int64)
+        input_ids[0], token_types[0], start = self.vocabulary.cls, TEXT_TYPE, 1
+        for segment, type_ in segments:
+            stop = start + len(segment)
+            input_ids[start:stop], input_ids[stop] = segment, self.vocabulary.sep
+            token_types[start : stop + 1] = type_
+            start = stop + 1
+        regions = sample.regions
+        return Example(
+            id=sample.id,
+            input_ids=input_ids,
+            token_types=token_types,
+            features=regions.features,
+            boxes=regions.boxes,
+            region_types=np.full(len(regions), REGION_TYPE, dtype=np.int64),
         )
 
 

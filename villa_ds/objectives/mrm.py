@@ -156,6 +156,7 @@ class _RegionClassification(_MaskedRegions):
     """Head and metrics of the two forms that predict detector classes."""
 
     head_name = "region_classifier"
+    reads_labels = True
 
     def __init__(
         self, vocabulary: Vocabulary, probability: float, classes: int, layout: TextLayout | None = None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
@@ -74,11 +75,11 @@ class ImageTextRetrieval(Objective):
             ),
         )
 
-    def _with_text(self, sample: Sample, texts: Sequence[Sequence[int]], draw: float) -> Sample:
+    def _with_text(self, sample: Sample, texts: Sequence[NDArray[np.int32]], draw: float) -> Sample:
         """The sample with one of another group's texts, which a uniform `draw` in [0, 1) chooses."""
         limit = self.settings.max_text_length
         short = [text for text in texts if len(text) <= limit] or [texts[0][:limit]]
-        return dataclasses.replace(sample, word_pieces=np.array(short[int(draw * len(short))], dtype=np.int32))
+        return dataclasses.replace(sample, word_pieces=short[int(draw * len(short))])
 
     def planned_tokens(self, sizes: PairSizes) -> IntArray:
         """[P] every row as long as the longer text with the larger image."""

@@ -111,9 +111,9 @@ class Run:
         if engine.rank == 0:
             write_recipe(self.directory, recipe)
             (self.directory / RESULTS_NAME).unlink(missing_ok=True)  # of a run that had ended and goes on
-        self.loader = training_loader(recipe, data, self.plan, engine.rank, position)
+        self.loader = training_loader(recipe, data, self.plan, engine.rank, position, engine.device)
         validation_loaders(
-            recipe, data, self.plan, engine.rank, 0
+            recipe, data, self.plan, engine.rank, 0, engine.device
         )  # what cannot be planned is refused now, not days on
         announce(recipe, engine, self.plan, self.step, self.loader.describe())
         self.metrics = MetricsLog(
@@ -219,7 +219,7 @@ class Run:
             self.pulse.at(self.step, "validating")
             self.leave_if_asked()
 
-        loaders = validation_loaders(self.recipe, self.data, self.plan, self.engine.rank, limit)
+        loaders = validation_loaders(self.recipe, self.data, self.plan, self.engine.rank, limit, self.engine.device)
         results = evaluate_all(self.engine, loaders, poll)
         for task, values in results.items():
             self.metrics.event(self.step, f"validation/{task}", values)

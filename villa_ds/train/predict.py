@@ -51,7 +51,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None, limit: int = 0,
     start_logging(None, verbose=engine.rank == 0)
     plan = BatchPlan(recipe.data.lanes, engine.world)
     results: Results = {}
-    for task, (objective, loader) in validation_loaders(recipe, data, plan, engine.rank, limit).items():
+    for task, (objective, loader) in validation_loaders(recipe, data, plan, engine.rank, limit, engine.device).items():
         collector = Collector(objective)
         results[task] = evaluate(engine, objective, loader, collector)
         rows = [row for share in engine.gather(collector.rows) for row in share]
@@ -87,7 +87,7 @@ def evaluate_ensemble(recipe: Recipe, checkpoints: Sequence[Path], limit: int = 
     results: Results = {}
     members: dict[str, Results] = {str(folder): {} for folder in folders}
     plan = BatchPlan(recipe.data.lanes, 1)
-    for task, (objective, loader) in validation_loaders(recipe, data, plan, 0, limit).items():
+    for task, (objective, loader) in validation_loaders(recipe, data, plan, 0, limit, ensemble.device).items():
         collector, tallies = Collector(objective), [Tally(objective) for _ in folders]
 
         def observe(output: LossOutput, batch: Batch, seen: Collector = collector, own: list[Tally] = tallies) -> None:

@@ -179,15 +179,28 @@ def rounding_warnings(recipe: Recipe, module: TrainModule) -> list[str]:
 
 
 def training_loader(
-    recipe: Recipe, data: RunData, plan: BatchPlan, rank: int, position: Mapping[str, Any] | None
+    recipe: Recipe, data: RunData, plan: BatchPlan, rank: int, position: Mapping[str, Any] | None, device: torch.device
 ) -> Loader:
-    """This rank's stream of optimizer steps, from `position` (of a checkpoint) or the beginning to the run's end."""
+    """This rank's stream of optimizer steps, from `position` (of a checkpoint) or the beginning to the run's end.
+
+    For a GPU as `device` batches are put into page-locked memory.
+    """
     tasks = [(task.data, objective, task.weight) for task, objective in zip(recipe.tasks, data.objectives, strict=True)]
-    return Loader(data.sets, tasks, recipe.data, recipe.seed, plan, rank, recipe.total_steps, position)
+    return Loader(
+        data.sets,
+        tasks,
+        recipe.data,
+        recipe.seed,
+        plan,
+        rank,
+        recipe.total_steps,
+        position,
+        pin_memory=device.type == "cuda",
+    )
 
 
 def validation_loaders(
-    recipe: Recipe, data: RunData, plan: BatchPlan, rank: int, limit: int
+    recipe: Recipe, data: RunData, plan: BatchPlan, rank: int, limit: int, device: torch.device
 ) -> dict[str, tuple[Objective, EvaluationLoader]]:
     """One loader for each task whose data set has held-out data; `limit` micro-batches each, 0 for all."""
     loaders = {}
@@ -197,7 +210,9 @@ def validation_loaders(
             evaluated = objective.held_out()
             loaders[f"{task.data}/{task.objective}"] = (
                 evaluated,
-                EvaluationLoader(manifest, evaluated, recipe.data, plan, rank, limit or None),
+                EvaluationLoader(
+                    manifest, evaluated, recipe.data, plan, rank, limit or None, pin_memory=device.type == "cuda"
+                ),
             )
     return loaders
 
