@@ -101,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     command.set_defaults(run=_compare)
 
+    _add_report(commands.add_parser("report", help="runs side by side, looked inside: one HTML file"))
+
     commands.add_parser("doctor", help="what is installed, which kernels will run").set_defaults(run=_doctor)
 
     command = commands.add_parser("trace", help="what the loaders deliver: one JSON line per global micro-batch")
@@ -115,6 +117,23 @@ def _parser() -> argparse.ArgumentParser:
 def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", help="a recipe file, or the name of one that ships, such as demo-pretrain")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys, such as data.root=DIR")
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run directories or checkpoints, as PATH or LABEL=PATH")
+    command.add_argument("--out", type=Path, required=True, metavar="HTML", help="the file to write")
+    command.add_argument(
+        "--set", metavar="FOLDER", help="a shard set to look into; default: the first run's held-out one"
+    )
+    command.add_argument("--images", type=Path, metavar="FOLDER", help="pictures to draw attention on, by image name")
+    command.add_argument(
+        "--text", action="append", default=[], metavar="ID", help="a text of the set to draw; may be repeated"
+    )
+    command.add_argument("--maps", type=positive, default=4, metavar="N", help="texts to draw, without --text")
+    command.add_argument("--limit", type=positive, default=600, metavar="N", help="images to probe and ask about")
+    command.add_argument("--curves", type=Path, metavar="PNG", help="also draw the training curves as one picture")
+    command.add_argument("--device", help="of the models; default: CUDA if there is one")
+    command.set_defaults(run=_report)
 
 
 # Imports below are local because torch and friends take seconds, which `--help` and a typing error should not cost.
@@ -186,6 +205,14 @@ def _compare(parsed: argparse.Namespace) -> int:
     from villa_ds.analysis.table import compare  # noqa: PLC0415
 
     print(compare(parsed.runs))
+    return 0
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from villa_ds.analysis.report import Inside, report  # noqa: PLC0415
+
+    inside = Inside(parsed.set, parsed.text, parsed.maps, parsed.limit, parsed.images, parsed.curves)
+    print(report(parsed.runs, parsed.out, inside, parsed.command_line, parsed.device))
     return 0
 
 

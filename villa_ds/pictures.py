@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from villa_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, MUTED, GRID = "#222222", "#666666", "#DDDDDD"
 DPI = 150
 PANEL = (6.4, 4.2)  # inches of one panel: 960 x 630 pixels
+_COLOURS = 128  # of a drawing with some lines in some colours
 _TITLE = 0.6  # inches for the title, and for each line below it
 _LINE = 0.2
 
@@ -50,8 +53,12 @@ _STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def picture(path: Path, title: str, subtitle: str = "", panels: int = 1) -> "Iterator[Sequence[Axes]]":
-    """Axes side by side to draw on; written as a PNG to `path` when the block ends without an error.
+def picture(
+    path: Path, title: str, subtitle: str = "", panels: int = 1, columns: int | None = None
+) -> "Iterator[Sequence[Axes]]":
+    """Axes side by side to draw on, so many of them in a row as `columns` says (default: all).
+
+    Written as a PNG to `path` when the block ends without an error. Without a title there is no room for one.
 
     ConfigError if matplotlib is missing.
     """
@@ -67,20 +74,36 @@ def picture(path: Path, title: str, subtitle: str = "", panels: int = 1) -> "Ite
         for name, value in _STYLE.items():
             mpl.rcParams[name] = value  # type: ignore[index]  # newer stubs list all names
         mpl.rcParams["axes.prop_cycle"] = cycler(color=PALETTE)
-        above = _TITLE + _LINE * len(subtitle.splitlines())
-        width, height = PANEL[0] * panels, PANEL[1] + above
-        layout = ConstrainedLayoutEngine(rect=(0.01, 0.01, 0.98, 0.98 - above / height), wspace=0.04)
+        above = _TITLE + _LINE * len(subtitle.splitlines()) if title else 0.0
+        across = min(columns or panels, panels)
+        down = -(-panels // across)
+        width, height = PANEL[0] * across, PANEL[1] * down + above
+        layout = ConstrainedLayoutEngine(rect=(0.01, 0.01, 0.98, 0.98 - above / height), wspace=0.04, hspace=0.06)
         figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
         left = 0.2 / width
         figure.text(left, 1 - 0.2 / height, title, fontsize=14, fontweight="bold", va="top")
         figure.text(left, 1 - 0.52 / height, subtitle, fontsize=9.5, color=MUTED, va="top", linespacing=1.4)
-        yield tuple(figure.subplots(1, panels, squeeze=False)[0])
+        found = figure.subplots(down, across, squeeze=False).ravel()
+        for empty in found[panels:]:
+            empty.set_visible(False)
+        yield tuple(found[:panels])
         data = io.BytesIO()
         figure.savefig(data, format="png", metadata={"Software": None})  # no version in the file
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.partial")
     temporary.write_bytes(data.getvalue())
     os.replace(temporary, path)
+
+
+def fewer_colours(path: Path) -> None:
+    """Write a PNG once more, in a palette: of a drawing hardly a difference to see, and a third of the size."""
+    with Image.open(path) as drawn:
+        small = drawn.convert("RGB").quantize(
+            _COLOURS,
+            method=Image.Quantize.MAXCOVERAGE,
+            dither=Image.Dither.NONE,  # keeps the hue of rare colours
+        )
+    small.save(path, "PNG", optimize=True)
 
 
 def thousands(axis: Any) -> None:

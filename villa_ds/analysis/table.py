@@ -1,7 +1,7 @@
 """`villa-ds compare`: the held-out results of several runs in one table, beside the trivial baseline."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from villa_ds.errors import ConfigError
@@ -9,6 +9,7 @@ from villa_ds.train.evaluate import MAJORITY
 from villa_ds.train.rundir import EVALUATION, RESULTS_NAME
 
 ACCURACIES = ("accuracy", "score")  # what the majority baseline is comparable with
+HEADER = ("run", "task", "loss", "accuracy", "majority baseline")
 
 
 def compare(runs: Sequence[Path]) -> str:
@@ -16,16 +17,18 @@ def compare(runs: Sequence[Path]) -> str:
 
     A run's newest `villa-ds evaluate` counts; without one, the validation at its end.
     """
-    rows = [("run", "task", "loss", "accuracy", "majority baseline")]
-    for run in runs:
-        for task, values in _results(run).items():
-            accuracy = next((values[name] for name in ACCURACIES if name in values), None)
-            numbers = (values.get("loss"), accuracy, values.get(MAJORITY))
-            rows.append((run.name, task, _number(numbers[0]), _number(numbers[1]), _number(numbers[2])))
+    rows = [HEADER, *(row for run in runs for row in results_of(run.name, run))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def results_of(label: str, run: Path) -> Iterable[tuple[str, ...]]:
+    """The rows of one run directory under `HEADER`. ConfigError if it has no results."""
+    for task, values in _results(run).items():
+        accuracy = next((values[name] for name in ACCURACIES if name in values), None)
+        yield label, task, _number(values.get("loss")), _number(accuracy), _number(values.get(MAJORITY))
 
 
 def _results(run: Path) -> dict[str, dict[str, float]]:

@@ -1,5 +1,6 @@
 """Word pieces: any BERT `vocab.txt`, or a vocabulary trained on texts, and UNITER's way to encode."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from villa_ds.errors import DataError
 
 _UNKNOWN = SPECIAL_PIECES["unk"]
 _PREFIX = "##"  # marks a piece that continues a word
+_BEFORE_MARK = re.compile(r" ([?!.,;:])")
 _MAX_WORD = 100  # characters; BERT's own limit, beyond which a word is [UNK]
 
 
@@ -88,6 +90,11 @@ class WordPieces:
         """
         ids: list[int] = self._tokenizer.encode(text.split(), is_pretokenized=True, add_special_tokens=False).ids
         return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The words of a text, as far as its pieces tell: no space before a closing mark, capitals as the pieces."""
+        joined = " ".join(self.pieces[piece] for piece in ids).replace(f" {_PREFIX}", "")
+        return _BEFORE_MARK.sub(r"\1", joined)
 
     def save(self, folder: str | Path) -> Path:
         """Write `vocab.txt` into `folder`; returns its path."""

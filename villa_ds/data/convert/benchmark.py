@@ -240,7 +240,7 @@ class _Builder:
         """The shape's true box [4], normalised, and the number of the region that overlaps most with it."""
         if photo.key not in self._annotated:
             box = shape_box(read_picture(photo.path, Path(photo.path)))
-            shares = [_overlap(box, other) for other in self._of(photo).boxes]
+            shares = [overlap_of(box, other) for other in self._of(photo).boxes]
             self._annotated[photo.key] = box, int(np.argmax(shares))
         return self._annotated[photo.key]
 
@@ -300,7 +300,7 @@ def shape_box(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.array([xs[0] / width, ys[0] / height, (xs[-1] + 1) / width, (ys[-1] + 1) / height], np.float32)
 
 
-def _overlap(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
+def overlap_of(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
     """Intersection over union of two boxes."""
     low, high = np.maximum(one[:2], other[:2]), np.minimum(one[2:], other[2:])
     shared = float(np.prod(np.clip(high - low, 0, None)))
