@@ -103,6 +103,14 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_report(commands.add_parser("report", help="runs side by side, looked inside: one HTML file"))
 
+    command = commands.add_parser("estimate", help="memory, communication and time of a recipe, per ZeRO stage")
+    _add_recipe(command)
+    command.add_argument("--gpus", type=positive, default=1, help="devices, one rank each")
+    command.add_argument("--gpu-memory-gib", type=float, default=80.0, metavar="G")
+    command.add_argument("--tflops", type=float, default=312.0, help="of a device at its best (an A100's in bfloat16)")
+    command.add_argument("--utilisation", type=float, default=0.35, help="share of it that training reaches; assumed")
+    command.set_defaults(run=_estimate)
+
     commands.add_parser("doctor", help="what is installed, which kernels will run").set_defaults(run=_doctor)
 
     command = commands.add_parser("trace", help="what the loaders deliver: one JSON line per global micro-batch")
@@ -213,6 +221,14 @@ def _report(parsed: argparse.Namespace) -> int:
 
     inside = Inside(parsed.set, parsed.text, parsed.maps, parsed.limit, parsed.images, parsed.curves)
     print(report(parsed.runs, parsed.out, inside, parsed.command_line, parsed.device))
+    return 0
+
+
+def _estimate(parsed: argparse.Namespace) -> int:
+    from villa_ds.estimate import GIB, Hardware, estimate  # noqa: PLC0415
+
+    hardware = Hardware(parsed.gpus, parsed.gpu_memory_gib * GIB, parsed.tflops * 1e12, parsed.utilisation)
+    print("\n".join(estimate(load_recipe(find_recipe(parsed.recipe), parsed.overrides), hardware)))
     return 0
 
 

@@ -138,6 +138,7 @@ ORDER = (
     "doctor",
     "trace",
     "predict",
+    "estimate",
     "cli_shards",
     "cli",
     "__main__",
