@@ -45,6 +45,7 @@ GIB = 2**30
 DEPTHS = (2, 3)
 STAGES = ("plain PyTorch", "zero0", "zero1", "zero2", "zero3", "zero3_offload")
 BUCKET = 500_000_000  # values of DeepSpeed's reduce bucket unless a ds_config says otherwise
+LIVE_PARAMETERS = 1_000_000_000  # values that stage 3 may keep gathered while passes run, likewise
 LOOK_AHEAD = 24  # optimizer steps whose micro-batches are looked at for the largest
 # Without shards at hand: BERT's cased vocabulary, bottom-up features, VQA v2's answers, a caption and 36 regions.
 ASSUMED = {"vocabulary": 28996, "feature_width": 2048, "detector_classes": 1601, "answers": 3129}
@@ -176,7 +177,7 @@ def estimate(recipe: Recipe, hardware: Hardware) -> list[str]:
     for task, phase in steps:
         first = next(place for place, sizes in enumerate(batches) if sizes is batches[task])  # of tasks that are alike
         known = traced.get((first, phase.name))
-        traced[task, phase.name] = known or _trace(recipe, data, phase, task, batches[task].large)
+        traced[task, phase.name] = known or trace(recipe, data, phase, task, batches[task].large)
     largest = max(steps, key=lambda step: traced[step[0], step[1].name].activations)
     peak = traced[largest[0], largest[1].name]
     lines = list(assumed)
@@ -198,7 +199,7 @@ def estimate(recipe: Recipe, hardware: Hardware) -> list[str]:
         f"{'fits':5}{'largest budget':>15}{'sent a step':>13}"
     )
     sizes = batches[largest[0]]
-    growth = _growth(sizes, peak, _trace(recipe, data, largest[1], largest[0], sizes.small))
+    growth = _growth(sizes, peak, trace(recipe, data, largest[1], largest[0], sizes.small))
     for name in STAGES:
         if (name == STAGES[0]) and hardware.ranks > 1:
             continue
@@ -220,8 +221,9 @@ def states_of(name: str, parameters: int, ranks: int, recipe: Recipe, passes: in
     """What a rank holds and sends at the stage `name`; `passes`: engine micro-steps of a rank in an optimizer step.
 
     ZeRO's formula (Rajbhandari et al., 2020, section 5) with what DeepSpeed adds: float32 weights of the optimizer
-    beside those that passes read from stage 1 on, and a bucket for reduction. Stages 1 and 2 hold whole gradients while
-    the passes run, unless stage 2 reduces after each (`engine.gradient_reduction`).
+    beside those that passes read from stage 1 on, a bucket for reduction, and at stage 3 weights that stay gathered.
+    Stages 1 and 2 hold whole gradients while the passes run, unless stage 2 reduces after each
+    (`engine.gradient_reduction`).
     """
     width = DTYPES[recipe.engine.precision].itemsize
     if name in ("plain PyTorch", "zero0"):
@@ -236,14 +238,15 @@ def states_of(name: str, parameters: int, ranks: int, recipe: Recipe, passes: in
     once = stage == 1 or reduction == "once" or (reduction == "auto" and stage == 2)
     whole, share = float(width * parameters), 1.0 / ranks
     reductions = 1 if once else passes
-    weights = whole * (share if stage == 3 else 1.0)
+    gathered = min(1.0, float(settings.get("stage3_max_live_parameters", LIVE_PARAMETERS)) / parameters)
+    weights = whole * (share + (1 - share) * gathered if stage == 3 else 1.0)
     gradients = (whole if once else 0.0) + (whole * share if stage > 1 else 0.0)
     optimizer = 12.0 * parameters * share
     sent = whole * (reductions + (2 * passes if stage == 3 else 1)) if ranks > 1 else 0.0
     if "offload_optimizer" in settings:
         optimizer, gradients = 0.0, gradients - whole * share
     if "offload_param" in settings:
-        weights = 0.0
+        weights -= whole * share
     return States(weights, gradients, optimizer, width * bucket, sent)
 
 
@@ -275,16 +278,22 @@ def _data_of(recipe: Recipe) -> tuple[RunData, list[Sizes], list[str]]:
     try:
         data = open_data(recipe)
     except VillaError as error:
-        manifest = _assumed_manifest()
-        objectives = [build_objective(task.objective, recipe.objectives, manifest) for task in recipe.tasks]
-        assumed = {each.name: _assumed_sizes(recipe, each) for each in objectives}
-        data = RunData({task.data: manifest for task in recipe.tasks}, {}, objectives, ())
         line = (
             f"the shards are not at hand ({error}): taken are {ASSUMED_PIECES} word pieces and {ASSUMED_REGIONS} "
             f"regions of {ASSUMED['feature_width']} features a row, and BERT's vocabulary"
         )
-        return data, [assumed[each.name] for each in objectives], [line]
+        return *assumed_data(recipe), [line]
     return data, _sizes_of(recipe, data), []
+
+
+def assumed_data(recipe: Recipe) -> tuple[RunData, list[Sizes]]:
+    """The objectives on a manifest without shards, and micro-batches of rows that are all alike."""
+    manifest = _assumed_manifest()
+    objectives = [build_objective(task.objective, recipe.objectives, manifest) for task in recipe.tasks]
+    sizes = {each.name: _assumed_sizes(recipe, each) for each in objectives}
+    return RunData({task.data: manifest for task in recipe.tasks}, {}, objectives, ()), [
+        sizes[each.name] for each in objectives
+    ]
 
 
 def _sizes_of(recipe: Recipe, data: RunData) -> list[Sizes]:
@@ -358,7 +367,7 @@ def _module_of(recipe: Recipe, data: RunData, fake: FakeTensorMode, depth: int |
         torch.set_default_dtype(before)
 
 
-def _trace(recipe: Recipe, data: RunData, phase: PhaseConfig, task: int, batch: Batch) -> Traced:
+def trace(recipe: Recipe, data: RunData, phase: PhaseConfig, task: int, batch: Batch) -> Traced:
     """Two micro-batches, so that the first one's gradients are there at the second one's peak."""
     depth = _module_of(recipe, data, FakeTensorMode()).backbone.sizes.num_hidden_layers
     low, high = (_trace_at(recipe, data, phase, task, batch, layers) for layers in DEPTHS)

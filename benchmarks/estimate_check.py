@@ -1,0 +1,138 @@
+"""What `villa-ds estimate` says of memory beside what ranks on this machine really take.
+
+    python benchmarks/estimate_check.py --preset uniter-base
+
+Each rank notes its resident memory before there is a model, takes two optimizer steps and notes the peak. The estimate
+is of the same recipe, on the same micro-batches. Real ranks, over gloo.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import record
+import torch
+from alternating import status
+
+from villa_ds.config import Recipe, load_recipe
+from villa_ds.data.lanes import BatchPlan
+from villa_ds.estimate import STAGES, assumed_data, states_of, trace
+from villa_ds.resources import find_recipe
+from villa_ds.train.engine import build_engine
+from villa_ds.train.loop import take_step
+from villa_ds.train.module import build_module
+from villa_ds.train.step import StepInput
+
+# Every larger tensor a mapping of its own, given back when it is freed: what is measured is what lives, without the
+# gaps that an allocator leaves between.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "0"}
+RUNS = (("plain PyTorch", 1), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2))
+
+
+def recipe_of(options: argparse.Namespace, stage: str) -> Recipe:
+    """Question answering with or without the adversary, on made-up micro-batches."""
+    engine = ["engine.name=torch"] if stage == STAGES[0] else ["engine.name=deepspeed", f"engine.ds_config={stage}"]
+    adversary = "{steps: 3, modality: text}" if options.adversary else "null"
+    settings = [f"model.preset={options.preset}", f"data.tokens={options.tokens}", f"phases.0.adversary={adversary}"]
+    settings += ["data.lanes=4", "data.root=/nowhere", "engine.device=cpu", "engine.precision=float32"]
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+    return load_recipe(find_recipe("demo-vqa"), [*settings, *engine, *(f"model.{name}=null" for name in sizes)])
+
+
+def warm_up() -> None:
+    """A small model's backward and update: libraries are mapped on first use, which is no memory of the model's."""
+    layer = torch.nn.TransformerEncoderLayer(64, 2, batch_first=True)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.randn(8, 256, 64)).sum().backward()
+    torch.nn.functional.linear(torch.randn(512, 512), torch.randn(512, 512))
+    optimizer.step()
+
+
+def rank_main(options: argparse.Namespace) -> None:
+    """One rank: take steps, print the bytes that the model and its steps took at their peak."""
+    import deepspeed  # noqa: F401, PLC0415 (its own memory is not the model's)
+
+    recipe = recipe_of(options, options.rank_of)
+    data, sizes = assumed_data(recipe)
+    torch.set_num_threads(1)
+    warm_up()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    empty = status("VmRSS")
+    engine = build_engine(build_module(recipe.model, data.objectives, data.reference), recipe.engine, recipe.optimizer)
+    lanes = tuple(BatchPlan(recipe.data.lanes, engine.world).lanes_of(engine.rank))
+    work = StepInput(1, 0, data.objectives[0], (sizes[0].large,) * len(lanes), lanes)
+    for _ in range(2):
+        take_step(engine, work, recipe.phases[0], 1)
+        engine.update(1e-5)
+    if engine.rank == 0:
+        print(json.dumps({"bytes": status("VmHWM") - empty, "parameters": engine.parameters}))
+
+
+def measure(options: argparse.Namespace, stage: str, ranks: int) -> dict[str, Any]:
+    """Start the ranks; what rank 0 printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        __file__,
+        "--rank-of",
+        stage,
+        "--preset",
+        options.preset,
+        "--tokens",
+        str(options.tokens),
+    ]
+    command += ["--adversary"] if options.adversary else []
+    world = {} if ranks == 1 else {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in range(ranks):
+        own = world and {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | ALLOCATOR | own
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise SystemExit(f"{stage} with {ranks} ranks failed")
+    measured: dict[str, Any] = json.loads(outputs[0].splitlines()[-1])
+    return measured
+
+
+def main() -> None:
+    """Compare every stage and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="uniter-base")
+    parser.add_argument("--tokens", type=int, default=1664)
+    parser.add_argument("--adversary", action="store_true")
+    parser.add_argument("--stages", nargs="+", default=[stage for stage, _ in RUNS])
+    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank_of:
+        rank_main(options)
+        return
+    started, results = record.environment(), {}
+    for stage, ranks in RUNS:
+        if stage not in options.stages:
+            continue
+        recipe = recipe_of(options, stage)
+        data, sizes = assumed_data(recipe)
+        found = trace(recipe, data, recipe.phases[0], 0, sizes[0].large)
+        measured = measure(options, stage, ranks)
+        passes = found.passes * recipe.data.lanes // ranks
+        states = states_of(stage, measured["parameters"], ranks, recipe, passes)
+        estimated = states.resident + found.activations
+        results[f"{stage}, {ranks} ranks"] = {"estimated": estimated, "measured": measured["bytes"]}
+        print(
+            f"{stage}, {ranks} ranks: estimated {estimated / 2**20:.0f} MiB, measured {measured['bytes'] / 2**20:.0f}: "
+            f"{estimated / measured['bytes'] - 1:+.1%}", flush=True,
+        )  # fmt: skip
+    name = f"estimate/{options.preset}{'-villa' if options.adversary else ''}"
+    print(f"written to {record.write(name, {**started, 'options': vars(options), 'results': results})}")
+
+
+if __name__ == "__main__":
+    main()
