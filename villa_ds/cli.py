@@ -103,13 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_report(commands.add_parser("report", help="runs side by side, looked inside: one HTML file"))
 
-    command = commands.add_parser("estimate", help="memory, communication and time of a recipe, per ZeRO stage")
-    _add_recipe(command)
-    command.add_argument("--gpus", type=positive, default=1, help="devices, one rank each")
-    command.add_argument("--gpu-memory-gib", type=float, default=80.0, metavar="G")
-    command.add_argument("--tflops", type=float, default=312.0, help="of a device at its best (an A100's in bfloat16)")
-    command.add_argument("--utilisation", type=float, default=0.35, help="share of it that training reaches; assumed")
-    command.set_defaults(run=_estimate)
+    _add_estimate(commands.add_parser("estimate", help="memory, communication and time of a recipe, per ZeRO stage"))
 
     commands.add_parser("doctor", help="what is installed, which kernels will run").set_defaults(run=_doctor)
 
@@ -120,6 +114,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, default=0, help="loader processes a rank")
     command.set_defaults(run=_trace)
     return parser
+
+
+def _add_estimate(command: argparse.ArgumentParser) -> None:
+    _add_recipe(command)
+    command.add_argument("--gpus", type=positive, default=1, help="devices, one rank each")
+    command.add_argument("--gpu-memory-gib", type=float, default=80.0, metavar="G")
+    command.add_argument("--tflops", type=float, default=312.0, help="of a device at its best (an A100's in bfloat16)")
+    command.add_argument("--utilisation", type=float, default=0.35, help="share of it that training reaches; assumed")
+    command.set_defaults(run=_estimate)
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:

@@ -241,6 +241,8 @@ def states_of(name: str, parameters: int, ranks: int, recipe: Recipe, passes: in
     gathered = min(1.0, float(settings.get("stage3_max_live_parameters", LIVE_PARAMETERS)) / parameters)
     weights = whole * (share + (1 - share) * gathered if stage == 3 else 1.0)
     gradients = (whole if once else 0.0) + (whole * share if stage > 1 else 0.0)
+    if stage == 3 and not once:
+        gradients += width * min(bucket, parameters)  # those that wait until the bucket is full
     optimizer = 12.0 * parameters * share
     sent = whole * (reductions + (2 * passes if stage == 3 else 1)) if ranks > 1 else 0.0
     if "offload_optimizer" in settings:
@@ -300,7 +302,7 @@ def _sizes_of(recipe: Recipe, data: RunData) -> list[Sizes]:
     """For each task the largest and the smallest micro-batch among its first."""
     found: list[list[Batch]] = [[] for _ in recipe.tasks]
     alone = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, workers=0))
-    loader = training_loader(alone, data, BatchPlan(recipe.data.lanes), 0, None)
+    loader = training_loader(alone, data, BatchPlan(recipe.data.lanes), 0, None, torch.device("cpu"))
     for taken, step in enumerate(loader, 1):
         ordered = sorted([*found[step.task], *step.batches], key=_padded_tokens)
         found[step.task] = [ordered[0], ordered[-1]]
@@ -341,7 +343,7 @@ def _assumed_sizes(recipe: Recipe, objective: Objective) -> Sizes:
         (ImageSpan("image", 0, ASSUMED_REGIONS),),
     )
     pieces = np.arange(1000, 1000 + ASSUMED_PIECES, dtype=np.int32)
-    sample = Sample("", pieces, regions, {}, regions, [pieces.tolist()])
+    sample = Sample("", pieces, regions, {}, regions, [pieces])
     try:
         examples = [objective.prepare(sample, Stream("estimate", row)) for row in range(rows)]
     except (DataError, LookupError) as error:

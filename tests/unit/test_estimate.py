@@ -85,8 +85,8 @@ def test_memory_grows_with_rows() -> None:
         ("zero0", "float32", 4, 4, 8),
         ("zero1", "float32", 4, 4, 3),
         ("zero1", "bfloat16", 2, 2, 3),
-        ("zero3", "bfloat16", 2, 0.5, 3),  # so few values all stay gathered
-        ("zero3_offload", "bfloat16", 1.5, 0, 0),
+        ("zero3", "bfloat16", 2, 2.5, 3),  # so few values all stay gathered, and wait in one bucket
+        ("zero3_offload", "bfloat16", 1.5, 2, 0),
     ],
 )
 def test_states_are_zeros_formula(

@@ -258,6 +258,24 @@ def test_onednn_products_skip_gradients_that_nobody_wants(monkeypatch: pytest.Mo
     assert len(count) == 2  # forward and one gradient
 
 
+def test_onednn_products_leave_weights_out_where_only_inputs_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    if products.onednn_product() is None:
+        pytest.skip("this torch was built without oneDNN")
+    monkeypatch.setattr(products, "WORTHWHILE", 0)
+    count, kernel = [], products.onednn_product()
+    monkeypatch.setattr(products, "onednn_product", lambda: lambda *given: count.append(given) or kernel(*given))
+    states, weight = torch.randn(4, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    bias = torch.randn(3, requires_grad=True)
+    output = products.linear(states, weight, bias, True)
+    (first,) = torch.autograd.grad(output.sum(), states, retain_graph=True)
+    assert len(count) == 2
+    output.sum().backward()
+    assert len(count) == 4
+    torch.testing.assert_close(first, states.grad)
+    torch.testing.assert_close(weight.grad, torch.ones(4, 3).T @ states.detach())
+    torch.testing.assert_close(bias.grad, torch.full((3,), 4.0))
+
+
 @pytest.mark.parametrize(("dtype", "kernel"), [(torch.float64, True), (torch.float32, False)])
 def test_without_onednn_a_linear_map_is_torchs(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kernel: bool

@@ -38,7 +38,8 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) ->
         and onednn_product() is not None
         and not torch.compiler.is_compiling()
     ):
-        product: Tensor = _OneDnnLinear.apply(states, weight, bias)  # type: ignore[no-untyped-call]
+        carrier = _WeightGradient.apply(states.detach(), weight, bias)  # type: ignore[no-untyped-call]
+        product: Tensor = _OneDnnLinear.apply(states, weight, bias, carrier)  # type: ignore[no-untyped-call]
         return product
     return F.linear(states, weight, bias)
 
@@ -50,21 +51,43 @@ def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _OneDnnLinear(Function):
-    """A linear map whose three products are oneDNN's."""
+    """A linear map by oneDNN, without its gradient for weight and bias: that is passed on to `carrier`."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(states, weight)
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, carrier: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape = states.shape
         return _product(states.flatten(0, -2), weight, bias).view(*states.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        states, weight = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor]:
+        (weight,) = ctx.saved_tensors
+        of_states = ctx.needs_input_grad[0]
         rows = gradient.flatten(0, -2)
-        of_states, of_weight, of_bias = ctx.needs_input_grad
+        return _product(rows, weight.t()).view(ctx.shape) if of_states else None, None, None, gradient
+
+
+class _WeightGradient(Function):
+    """Makes the carrier of a linear map's output gradient [..., O], and turns what it carries into weight and bias's.
+
+    A node of its own, because a Python function cannot tell that a backward pass wants the gradient of its states only,
+    as the adversary's first ascent does: the engine leaves out a node from which nothing is wanted.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(states)
+        return weight.new_zeros(1).expand(*states.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        (states,) = ctx.saved_tensors
+        _, of_weight, of_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
         return (
-            _product(rows, weight.t()).view(states.shape) if of_states else None,
+            None,
             _product(rows.t(), states.flatten(0, -2).t()) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
