@@ -82,6 +82,12 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if "loss" in row or "perturbed_loss" in row]
 
 
+def log_of(run: Path) -> str:
+    """What the run has logged so far."""
+    path = run / "log.txt"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
 def peaks(group: int) -> dict[int, int]:
     """Peak resident bytes of the processes of a session that hold more than a gibibyte."""
     found = {}
@@ -126,23 +132,22 @@ def main() -> None:
     run = options.folder / "run"
     begun = time.monotonic()
     ranks = start(options, options.folder, run)
-    first = wait(ranks, lambda: len(steps_of(run)) >= 3, options.limit_s)
-    before = steps_of(run)
+    first = wait(ranks, lambda: "step 3/4" in log_of(run), options.limit_s)
+    before = [line for line in log_of(run).splitlines() if "INFO step" in line]
     with contextlib.suppress(ProcessLookupError):  # it was quicker
         os.killpg(ranks.pid, signal.SIGKILL)
     ranks.wait()
     resumed = time.monotonic()
     ranks = start(options, options.folder, run)
     second = wait(ranks, lambda: False, options.limit_s)
-    code, after = ranks.wait(), steps_of(run)
-    log = (run / "log.txt").read_text(encoding="utf-8").splitlines()
+    code, after, log = ranks.wait(), steps_of(run), log_of(run).splitlines()
     content = {
         **started,
         "options": {name: str(value) for name, value in vars(options).items()},
-        "killed_after": len(before), "exit_code": code,
+        "logged_before_the_kill": before,
+        "exit_code": code,
         "seconds": {"until_killed": resumed - begun, "from_resume_to_end": time.monotonic() - resumed},
         "peak_bytes_of_ranks": [sorted(first.values()), sorted(second.values())],
-        "step_3_before_and_after": [before[2:3], [row for row in after if row["step"] == 3]],
         "metrics": after, "log": log,
     }  # fmt: skip
     print("\n".join(log))
