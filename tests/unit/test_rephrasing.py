@@ -1,7 +1,9 @@
 """Rephrased questions: forms of known words that ask for the same, and consensus as the paper defines it."""
 
 import itertools
+from collections import Counter
 
+import easy_vqa
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from tests.tiny import VOCABULARY, tiny_module, tiny_objectives, tiny_sample
 from villa_ds.analysis.rephrasing import FORMS, Question, consensus, question_of, rephrase, robustness
 from villa_ds.batch import Sample
+from villa_ds.data.convert.easy_vqa import read_package, statement_rows
 from villa_ds.data.convert.scene_texts import questions, statements
 from villa_ds.data.convert.scenes import COLOUR_LIST, SHAPE_LIST, Draw, Scene, Thing, draw_places
 from villa_ds.data.wordpiece import WordPieces
@@ -51,9 +54,29 @@ def test_every_question_of_the_benchmark_has_other_forms_of_words_that_are_train
     assert len(kinds) == 10
 
 
+def test_so_has_every_question_of_the_package_about_its_single_images() -> None:
+    asked = easy_vqa.get_test_questions()[0]
+    forms = [rephrase(question) for question in asked]
+    photos = [photo for photo in read_package(200) if photo.split == "train"]
+    trained = set().union(*(words_of(text) for photo in photos for _, text, _ in statement_rows(photo)))
+    trained |= set().union(*(words_of(text) for photo in photos for _, text, _ in photo.questions))
+    kinds: Counter[str] = Counter()
+    for question, found in zip(asked, forms, strict=True):
+        assert found is not None, question
+        kinds[found.kind] += 1
+        assert len({question, *found.texts}) == FORMS
+        assert set().union(*map(words_of, found.texts)) <= trained, found.texts
+        negative = bool({"no", "not"} & words_of(question))
+        assert {bool({"no", "not"} & words_of(text)) for text in found.texts} == {negative}
+        assert (found.kind == "absence") == negative
+    assert set(kinds) == {"existence", "absence", "colour by shape", "shape", "shape by colour"}
+
+
 @pytest.mark.parametrize(
     ("question", "kind", "others"),
     [
+        ("does the image not contain a circle?", "absence",
+         ("is no circle there?", "there is no circle?", "the image contains no circle?")),
         ("is there no red shape?", "absence",
          ("is no red shape there?", "there is no red shape?", "the image contains no red shape?")),
         ("how many circles are there?", "number",

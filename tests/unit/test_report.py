@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runs import tiny_recipe
+from tests.runs import make_data, tiny_recipe
 from villa_ds.analysis.attention import RowAttention
 from villa_ds.analysis.maps import Shown, attention_map, by_head, definition
 from villa_ds.cli import main
@@ -181,6 +182,25 @@ def test_what_a_run_lacks_is_said(world: World, tmp_path: Path) -> None:
     assert "Not evaluated: bare" in texts["results"]
     assert "no curves" in texts["curves"]
     assert "None of the runs answers questions" in texts["rephrasing"]
+
+
+def test_a_set_of_which_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as anyone's own features: maps on grey, and without the demo's package."""
+    for name in [name for name in sys.modules if name.startswith(("easy_vqa", "villa_ds.data.convert.easy_vqa"))]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("villa_ds.analysis.known", "villa_ds.data.convert.benchmark", "villa_ds.analysis.report"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    make_data(tmp_path)
+    recipe = tiny_recipe(tmp_path, tmp_path / "run", phases=PLAIN)
+    train(from_mapping(Recipe, recipe, ""))
+    out = tmp_path / "report.html"
+    assert main(["report", str(tmp_path / "run"), "--out", str(out), "--maps", "2"]) == 0
+    texts = parsed(out).texts
+    assert "What the images of this set show is not known" in texts["probing"]
+    assert texts["attention"].count("Fully lit") == 4
+    assert "img00000_0" in texts["attention"]
+    assert '<rect width="100" height="100" fill="#8a8f98"/>' in out.read_text()
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,20 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from villa_ds.analysis.attention import RowAttention
 from villa_ds.analysis.intervals import Estimate, estimate
-from villa_ds.analysis.known import KnownImage
 from villa_ds.batch import Sample
 from villa_ds.data.convert.scenes import DIRECTIONS, PLACES, Draw, Thing, filled, neighbours
 from villa_ds.data.wordpiece import WordPieces
 from villa_ds.rng import Stream
+
+if TYPE_CHECKING:
+    from villa_ds.analysis.known import KnownImage
 
 COREFERENCE, RELATION = "coreference", "relation"
 FORWARD, BACKWARD = "from the first end", "from the second end"
@@ -58,7 +61,7 @@ class Probe:
     described: Mapping[int, int]  # position in the row's text -> the region of the thing that the word is about
 
 
-def probes_of(image: KnownImage, sample: Sample, word_pieces: WordPieces) -> list[Probe]:
+def probes_of(image: "KnownImage", sample: Sample, word_pieces: WordPieces) -> list[Probe]:
     """Probes of one image: a caption that describes things and, with three things, two that say how two of them stand.
 
     In the words that pre-training uses. What is described is drawn by the image's name. `sample` gives the regions; no
@@ -105,14 +108,14 @@ class _Text:
         """Words are about a region."""
         self._described.update(dict.fromkeys(itertools.chain(*positions), region))
 
-    def probe(self, image: KnownImage, sample: Sample, links: Iterable[Link]) -> Probe:
+    def probe(self, image: "KnownImage", sample: Sample, links: Iterable[Link]) -> Probe:
         text = " ".join(self._words)
         pieces = np.array(self._pieces, np.int32)
         changed = dataclasses.replace(sample, word_pieces=pieces, target={})
         return Probe(image.name, text, changed, tuple(links), dict(self._described))
 
 
-def _caption(image: KnownImage, sample: Sample, by_place: dict[int, int], draw: Draw, words: WordPieces) -> Probe:
+def _caption(image: "KnownImage", sample: Sample, by_place: dict[int, int], draw: Draw, words: WordPieces) -> Probe:
     """Such as "a red circle on the top left and a blue square on the bottom right"."""
     text, links = _Text(words), []
     for number, (place, thing) in enumerate(draw.some(filled(image.scene), 2)):
@@ -127,7 +130,7 @@ def _caption(image: KnownImage, sample: Sample, by_place: dict[int, int], draw: 
 
 
 def _related(
-    image: KnownImage, sample: Sample, by_place: dict[int, int], stands: tuple[int, str, int], words: WordPieces
+    image: "KnownImage", sample: Sample, by_place: dict[int, int], stands: tuple[int, str, int], words: WordPieces
 ) -> Probe:
     """Such as "a red circle is left of a blue square"; the relation is held against the subject's other pairs."""
     subject, direction, base = stands
@@ -142,7 +145,7 @@ def _related(
     return text.probe(image, sample, [link])
 
 
-def _single(image: KnownImage, sample: Sample, region: int, words: WordPieces) -> Probe:
+def _single(image: "KnownImage", sample: Sample, region: int, words: WordPieces) -> Probe:
     """Of an image of one thing, against its regions that show something else or too little of it."""
     thing = image.scene[0]
     assert thing is not None  # noqa: S101  # an image of one thing has one

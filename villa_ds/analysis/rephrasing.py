@@ -30,14 +30,16 @@ _COLOUR, _SHAPE = "|".join(COLOUR_LIST), "|".join(SHAPE_LIST)
 _NOUN = rf"(?:(?:{_COLOUR}) (?:{_SHAPE}|shape)|{_SHAPE}|shape)"
 _PLACE, _BESIDE = "|".join(PLACES), "|".join(DIRECTIONS)
 
-# kind of question, pattern, the other ways to ask; in each line {0}, {1} are the pattern's groups
+# kind of question, pattern, the other ways to ask; in each line {0}, {1} are the pattern's groups. The benchmark asks
+# each kind in one form, the package about its single images in several, some of which are among the other ways.
 _WAYS = (
     (
-        "existence", rf"is there a ({_NOUN})\?",
+        "existence", rf"(?:is there a|does the image contain a|is a) ({_NOUN})(?: in the image| present)?\?",
         ("is a {0} there?", "there is a {0}?", "the image contains a {0}?"),
     ),
     (
-        "absence", rf"is there no ({_NOUN})\?",
+        "absence",
+        rf"(?:is there no|is there not a|does the image not contain a|is no) ({_NOUN})(?: in the image| present)?\?",
         ("is no {0} there?", "there is no {0}?", "the image contains no {0}?"),
     ),
     (
@@ -66,6 +68,14 @@ _WAYS = (
     (
         "colour by shape", rf"what color is the ({_NOUN})\?",
         ("the {0} is what color?", "what is the color of the {0}?", "of what color is the {0}?"),
+    ),
+    (
+        "colour by shape", rf"what is the color of the ({_NOUN})\?",
+        ("the color of the {0} is what?", "of what color is the {0}?", "the {0} is what color?"),
+    ),
+    (
+        "shape", r"what shape (?:is in the image|is present|does the image contain)\?",
+        ("the image contains what shape?", "what shape is there?", "the shape is what?"),
     ),
     (
         "shape by colour", rf"what is the ((?:{_COLOUR}) shape)\?",
