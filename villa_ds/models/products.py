@@ -71,8 +71,8 @@ class _OneDnnLinear(Function):
 class _WeightGradient(Function):
     """Makes the carrier of a linear map's output gradient [..., O], and turns what it carries into weight and bias's.
 
-    A node of its own, because a Python function cannot tell that a backward pass wants the gradient of inputs only, as a
-    step in the inputs does: autograd leaves out a node from which nothing is wanted.
+    A node of its own, because a Python function cannot tell that a backward pass wants the gradient of inputs only, as
+    a step in the inputs does: autograd leaves out a node from which nothing is wanted.
     """
 
     @staticmethod
