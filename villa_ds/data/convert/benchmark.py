@@ -1,9 +1,9 @@
 """`villa-ds shards demo --benchmark`: the paper's six kinds of task, and pre-training, on scenes of easy-VQA images.
 
     OUT/scenes-pretrain/{train,validation}     true statements about a scene
-    OUT/scenes-vqa/{train,validation,test}     questions with answers
-    OUT/ve/...                                 hypotheses: contradiction, entailment, neutral
-    OUT/nlvr2/...                              statements about two scenes
+    OUT/scenes-vqa/{train,few,validation,test} questions with answers; "few" is the beginning of "train"
+    OUT/ve/...                                 hypotheses: contradiction, entailment, neutral; the same parts
+    OUT/nlvr2/{train,validation,test}                         statements about two scenes
     OUT/vcr/...                                questions with four answers and four rationales
     OUT/re/..., OUT/re-detected/{validation,test}   expressions, on annotated and on detected regions
     OUT/retrieval/...                          captions
@@ -61,6 +61,8 @@ PAIRS_A_LABEL = 2  # pairs of scenes that a statement is true of, and as many th
 PAIR_TRIES = 400
 CONTRAST = 40  # of 255 in a colour channel: what differs more from the border's median belongs to the shape
 
+FEW = "few"  # a part: the first scenes of "train", to overfit
+
 TextsOf = Callable[[Scene, Draw, int], list[SceneText]]
 
 
@@ -80,8 +82,10 @@ class SceneTask:
 
 TASKS = (
     SceneTask("scenes-pretrain", {"train": 4000, "validation": 300}, 10, (1, 1, 1, 1, 2, 2, 2, 3, 4), statements),
-    SceneTask("scenes-vqa", {"train": 1200, "validation": 300, "test": 600}, 6, (2, 3, 4), questions, ANSWERS),
-    SceneTask("ve", {"train": 1200, "validation": 300, "test": 600}, 6, (2, 3, 4), hypotheses, RELATIONS),
+    SceneTask(
+        "scenes-vqa", {"train": 1200, FEW: 300, "validation": 300, "test": 600}, 6, (2, 3, 4), questions, ANSWERS
+    ),
+    SceneTask("ve", {"train": 1200, FEW: 300, "validation": 300, "test": 600}, 6, (2, 3, 4), hypotheses, RELATIONS),
     SceneTask("nlvr2", {"train": 4000, "validation": 600, "test": 1600}, 1, (1, 2)),
     SceneTask("vcr", {"train": 1000, "validation": 200, "test": 600}, 3, (4,), choices, mentions=MENTIONS),
     SceneTask("re", {"train": 1000, "validation": 200, "test": 600}, 5, (3, 4), expressions, annotated=True),
@@ -186,11 +190,13 @@ class _Builder:
 
     def scenarios(self, task: SceneTask, part: str) -> Iterator[Scenario]:
         """What a set holds; the same in every run. Sets of one name but for "-detected" tell of the same scenes."""
+        count = self.count(task, part)
+        part = "train" if part == FEW else part
         pool, origin = self._pools[part], task.name.removesuffix("-detected")
         if not pool.by_colour:
             raise DataError(f"no {part} image of known colour and shape among so few; give more --images")
         pairs: list[tuple[list[Tile], list[SceneText]]] = []
-        for number in range(self.count(task, part)):
+        for number in range(count):
             key = f"{part}-{number:05d}"
             if task.texts_of is None:
                 pairs = pairs or _pairs(pool, task.fillings, part, number // (2 * PAIRS_A_LABEL))
