@@ -149,6 +149,10 @@ def test_an_image_is_in_one_part_alone(out: Path) -> None:
     assert all(photo.startswith("train/") and photo.endswith("9") for photo in parts["validation"])
     assert all(photo.startswith("train/") and not photo.endswith("9") for photo in parts["train"])
     assert min(map(len, parts.values())) >= 4
+    for task in ("scenes-vqa", "ve"):
+        few, train = ([record for record, _ in records(out / task / part)] for part in ("few", "train"))
+        assert few == train[: len(few)]
+        assert len(few) < len(train)
 
 
 def test_boxes_lie_in_their_places(out: Path) -> None:

@@ -1,12 +1,13 @@
 """`villa-ds shards demo --benchmark`: the paper's six kinds of task, and pre-training, on scenes of easy-VQA images.
 
-    OUT/scenes-pretrain/{train,validation}     true statements about a scene
-    OUT/scenes-vqa/{train,few,validation,test} questions with answers; "few" is the beginning of "train"
-    OUT/ve/...                                 hypotheses: contradiction, entailment, neutral; the same parts
-    OUT/nlvr2/{train,validation,test}                         statements about two scenes
-    OUT/vcr/...                                questions with four answers and four rationales
-    OUT/re/..., OUT/re-detected/{validation,test}   expressions, on annotated and on detected regions
-    OUT/retrieval/...                          captions
+    OUT/scenes-pretrain/{train,validation}        true statements about a scene
+    OUT/scenes-vqa/{train,few,validation,test}    questions with answers; "few" is the beginning of "train"
+    OUT/ve/{train,few,validation,test}            hypotheses: contradiction, entailment, neutral
+    OUT/nlvr2/{train,validation,test}             statements about two scenes
+    OUT/vcr/{train,validation,test}               questions with four answers and four rationales
+    OUT/re/{train,validation,test}                expressions, on annotated regions
+    OUT/re-detected/{validation,test}             the same on detected regions
+    OUT/retrieval/{train,validation,test}         captions
 
 A scene is a tile of two by two places with an image each, or none; regions and boxes are those of the images, placed in
 the tile. Images are divided over the parts as in the demo's sets: a test image is in test scenes alone.
