@@ -61,8 +61,8 @@ def test_equal_compute_means_as_many_forward_passes(ablation: ModuleType, tmp_pa
         variant.name: ablation.Cell(tmp_path, tmp_path, task, variant, 7, ()).recipe() for variant in ablation.VARIANTS
     }
     steps = {name: recipe.total_steps for name, recipe in recipes.items()}
-    assert steps.pop("uniter-compute") == 667
-    assert set(steps.values()) == {200}
+    assert steps.pop("uniter-compute") == 1000
+    assert set(steps.values()) == {300}
     assert {recipe.seed for recipe in recipes.values()} == {7}
     plain = {name for name, recipe in recipes.items() if recipe.phases[0].adversary is None}
     assert plain == {"uniter", "uniter-compute", "villa-pre"}
