@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ FOLDER = record.RESULTS / "ablation"
 CONFIDENCE = 0.95
 BASELINE = "uniter"
 CURVE_STEPS = 10  # optimizer steps that a point of a stored curve is the mean of
-POINTS = 10  # validations of a run
+POINTS = 5  # validations of a run
 
 PLAIN = ("phases.0.adversary=null",)
 # In units of one forward pass: an adversarial step with K = 3 costs 10, a plain one 3 (docs/adversary.md).
@@ -65,6 +66,9 @@ VARIANTS = (
     Variant("villa-pre", "adversarial pre-training only", PLAIN, weights="villa"),
     Variant("villa-fine", "adversarial fine-tuning only"),
     Variant("villa", "both", weights="villa"),
+    Variant(
+        "villa-fine-long", "adversarial fine-tuning only, as many steps as `uniter-compute`", steps_factor=COMPUTE
+    ),
     Variant("text", "adversarial fine-tuning, text only", ("phases.0.adversary.modality=text",)),
     Variant("image", "adversarial fine-tuning, image only", ("phases.0.adversary.modality=image",)),
     Variant("alternate", "adversarial fine-tuning, text and image in turn", ("phases.0.adversary.modality=alternate",)),
@@ -79,8 +83,8 @@ VARIANTS = (
         "r3f", "random noise, no ascent, divergence only",
         (
             "phases.0.adversary.steps=1", "phases.0.adversary.init=normal", "phases.0.adversary.task_weight=0",
-            "phases.0.adversary.clean_weight=1", "phases.0.adversary.text.init_norm=0.008",
-            "phases.0.adversary.image.init_norm=0.04",
+            "phases.0.adversary.clean_weight=1", "phases.0.adversary.text.init_norm=0.2",
+            "phases.0.adversary.image.init_norm=1.0",
         ),
     ),
 )  # fmt: skip
@@ -303,9 +307,9 @@ def draw_curves(cells: Sequence[Mapping[str, Any]], task: Task) -> None:
 
 def band(axes: Any, curves: Sequence[Sequence[Sequence[float]]], label: str, look: Mapping[str, Any]) -> None:
     """Mean of curves over the same steps, and their range."""
-    length = min(map(len, curves))
-    steps = [point[0] for point in curves[0][:length]]
-    columns = [[curve[place][1] for curve in curves] for place in range(length)]
+    by_step = [{int(step): value for step, value in curve} for curve in curves]
+    steps = sorted(set.intersection(*map(set, by_step)))
+    columns = [[values[step] for values in by_step] for step in steps]
     axes.plot(steps, [statistics.fmean(column) for column in columns], label=label, **look)
     axes.fill_between(steps, list(map(min, columns)), list(map(max, columns)), alpha=0.12, color=look["color"], lw=0)
 
@@ -340,8 +344,11 @@ def main() -> None:
     parsed = parser.parse_args()
     if not parsed.report:
         variants = [variant for variant in VARIANTS if variant.name in parsed.variants]
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
         for weights in sorted({variant.weights for variant in variants}):
             pretrain(weights, parsed.shards, parsed.work)
+        for number, handler in handlers.items():  # a run watches for signals; what follows it should end at once
+            signal.signal(number, handler)
         cells = [
             Cell(parsed.shards.resolve(), parsed.work.resolve(), task, variant, seed, tuple(parsed.set))
             for seed in parsed.seeds
