@@ -103,7 +103,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def run(options: argparse.Namespace, name: str, workers: int, cache: str, skipped: float) -> dict[str, Any] | str:
     """One measurement in a process of its own; or the last line of what it said when it failed."""
     folder = options.folder / FOLDERS[name]
-    (drop_cache if cache == "cold" else warm_cache)(folder)
+    if cache == "cold":
+        drop_cache(folder)
+    elif workers == 0 and not skipped:  # what follows finds it warm
+        warm_cache(folder)
     command = [sys.executable, "-W", "ignore", __file__, "--one", name, "--folder", str(options.folder)]
     command += ["--workers", str(workers), "--pairs", str(options.pairs), "--skipped", str(skipped)]
     done = subprocess.run(
@@ -150,8 +153,8 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {}
     resumes: dict[str, list[dict[str, Any]]] = {}
     failed: dict[str, str] = {}
-    for number, cache, workers in itertools.product(range(options.rounds), ("warm", "cold"), (0, 2)):
-        for name in FOLDERS:
+    for number in range(options.rounds):
+        for cache, workers, name in itertools.product(("warm", "cold"), (0, 2), FOLDERS):
             key = f"{name}, {workers} workers, {cache}"
             found = run(options, name, workers, cache, 0.0)
             if isinstance(found, str):
@@ -165,14 +168,15 @@ def main() -> None:
                     failed[f"{name}, resumed"] = resumed
                 else:
                     resumes.setdefault(name, []).append(resumed)
-    table = {key: summary(values) for key, values in runs.items()}
+        table = {key: summary(values) for key, values in runs.items()}
+        resume = {name: statistics.median(run["first_batch_s"] for run in values) for name, values in resumes.items()}
+        arguments = {key: str(getattr(options, key)) for key in ("images", "pairs")} | {"rounds": number + 1}
+        content = {**started, "options": arguments, "median": table, "resume_first_batch_s": resume, "failed": failed}
+        written = record.write(f"loader/{options.name}", {**content, "runs": runs, "resumes": resumes})
     for key, row in table.items():
         print(f"{key:46}", "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    resume = {name: statistics.median(run["first_batch_s"] for run in values) for name, values in resumes.items()}
     print("first batch at 90% of an epoch, s:", resume, "failed:", failed)
-    arguments = {key: str(value) for key, value in vars(options).items() if key not in ("one", "workers", "skipped")}
-    content = {**started, "options": arguments, "median": table, "resume_first_batch_s": resume, "failed": failed}
-    print(f"written to {record.write(f'loader/{options.name}', {**content, 'runs': runs, 'resumes': resumes})}")
+    print(f"written to {written}")
 
 
 if __name__ == "__main__":

@@ -36,27 +36,34 @@ _thread = _Thread()
 _BUFFERED = np.zeros(4, np.uint64)  # words that a generator holds ready: none, by the position behind them
 
 
+def _words(key: int, block: int, count: int) -> NDArray[np.uint64]:
+    """The first `count` words of a key from number 4 x `block` on: a counter's step yields four."""
+    _thread.bits.state = {
+        "bit_generator": "Philox",
+        "state": {
+            "counter": np.array([block, 0, 0, 0], np.uint64),
+            "key": np.array([key & (2**64 - 1), key >> 64], np.uint64),
+        },
+        "buffer": _BUFFERED,
+        "buffer_pos": 4,
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    return np.asarray(_thread.bits.random_raw(count), dtype=np.uint64)
+
+
 class Stream:
     """Random numbers of one key, drawn in order."""
 
     def __init__(self, *path: Key) -> None:
-        key = key_of(*path)
-        self._key = np.array([key & (2**64 - 1), key >> 64], np.uint64)
+        self._key = key_of(*path)
         self._drawn = 0
 
     def words(self, count: int) -> NDArray[np.uint64]:
         """`count` words, uniform over 64 bits."""
-        blocks, rest = divmod(self._drawn, 4)  # a counter's step yields four words
+        block, rest = divmod(self._drawn, 4)
         self._drawn += count
-        _thread.bits.state = {
-            "bit_generator": "Philox",
-            "state": {"counter": np.array([blocks, 0, 0, 0], np.uint64), "key": self._key},
-            "buffer": _BUFFERED,
-            "buffer_pos": 4,
-            "has_uint32": 0,
-            "uinteger": 0,
-        }
-        return np.asarray(_thread.bits.random_raw(rest + count), dtype=np.uint64)[rest:]
+        return _words(self._key, block, rest + count)[rest:]
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """`count` numbers in [0, 1), on the grid of 2**-53."""
@@ -76,8 +83,7 @@ def numbered_words(first: int, count: int, *path: Key) -> NDArray[np.uint64]:
 
     This is how millions of numbered things draw at array speed, where a `Stream` each would cost seconds.
     """
-    bits = np.random.Philox(key=key_of(*path), counter=first)  # a counter's step yields four words
-    return np.asarray(bits.random_raw(4 * count), dtype=np.uint64).reshape(count, 4)
+    return _words(key_of(*path), first, 4 * count).reshape(count, 4)
 
 
 def as_uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from tests.servers import Fault, Server, serve
 from tests.shards import make_shards
 from villa_ds.config import DataConfig
 from villa_ds.data.ahead import Ahead, shards_to_come
-from villa_ds.data.lanes import BatchPlan, Position, next_row
+from villa_ds.data.lanes import BatchPlan, Position, Row
 from villa_ds.data.loader import EvaluationLoader, Loader
 from villa_ds.data.manifest import Manifest, load_manifest
 from villa_ds.data.plan import DataPlan, PlanSettings
@@ -61,7 +61,8 @@ def test_no_shard_is_needed_before_it_is_announced(original, negatives, lanes, w
     plan = DataPlan(original.index, [shard.bytes for shard in original.shards], settings)
     batch_plan, position = BatchPlan(lanes, world), Position()
     for _ in range(steps_before):
-        _, position = next_row(plan, lanes, position)
+        row = Row(plan, lanes, position)
+        position = row.after
     shard_of = original.index["group_shard"]
     for rank in range(world):
         announced: dict[int, int] = {}
@@ -70,7 +71,8 @@ def test_no_shard_is_needed_before_it_is_announced(original, negatives, lanes, w
         needed: dict[int, int] = {}
         at, steps = position, 0
         while at.epoch < position.epoch + 2:
-            row, at = next_row(plan, lanes, at)
+            row = Row(plan, lanes, at)
+            at = row.after
             for lane in batch_plan.lanes_of(rank):
                 negative = row[lane].negatives[row[lane].negatives >= 0]
                 groups = np.concatenate([original.index["pair_group"][row[lane].pairs], negative])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from villa_ds.data.lanes import BatchPlan, Position, describe_plan, draw_task, lane_start, next_row, read_amplification
+from villa_ds.data.lanes import BatchPlan, Position, Row, describe_plan, draw_task, lane_start, read_amplification
 from villa_ds.data.line import cut_line, cut_shards, make_line
 from villa_ds.data.packing import pack
 from villa_ds.data.plan import DataPlan, MicroBatch, PlanSettings
@@ -98,7 +98,8 @@ def test_an_epoch_holds_every_pair_exactly_once_and_epochs_follow_each_other(pla
     delivered: list[MicroBatch] = []
     position = Position()
     while position.epoch < 3:
-        row, position = next_row(plan, lanes, position)
+        row = Row(plan, lanes, position)
+        position = row.after
         assert len(row) == lanes
         delivered += row
     places = [(batch.epoch, batch.index) for batch in delivered]
@@ -121,7 +122,8 @@ def test_a_row_is_a_function_of_its_position_alone(plan: DataPlan, data: st.Data
     lanes = plan.settings.lanes
     positions, rows = [Position()], []
     while positions[-1].epoch < 3:
-        row, after = next_row(plan, lanes, positions[-1])
+        row = Row(plan, lanes, positions[-1])
+        after = row.after
         rows.append([flat(batch) for batch in row])
         positions.append(after)
     starts = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=2, max_size=2))
@@ -130,7 +132,8 @@ def test_a_row_is_a_function_of_its_position_alone(plan: DataPlan, data: st.Data
         fresh = DataPlan(plan._index, (np.bincount(plan._index["group_shard"]) * 2048).tolist(), plan.settings)
         position = positions[start]
         for expected in rows[start:]:
-            row, position = next_row(fresh, lanes, position)
+            row = Row(fresh, lanes, position)
+            position = row.after
             assert [flat(batch) for batch in row] == expected
 
 
@@ -220,7 +223,8 @@ def test_ten_shards_a_lane_bound_what_is_read_twice(
     opened = set()
     position = Position()
     while position.epoch < 2:
-        row, position = next_row(plan, lanes, position)
+        row = Row(plan, lanes, position)
+        position = row.after
         for lane, batch in enumerate(row):
             groups = [*index["pair_group"][batch.pairs], *batch.negatives[batch.negatives >= 0]]
             opened |= {(batch.epoch, lane, shard) for shard in index["group_shard"][groups].tolist()}
@@ -276,7 +280,8 @@ def test_the_order_of_a_set_is_pinned() -> None:
     digest = hashlib.sha256()
     position = Position()
     for _ in range(30):
-        row, position = next_row(plan, 3, position)
+        row = Row(plan, 3, position)
+        position = row.after
         digest.update(repr([flat(batch) for batch in row]).encode())
     assert position == Position(11, 2)
     assert digest.hexdigest() == "a180b7088d4df6f6a17427199d03831e369e7a16e3beff1fe9f81181d6c1a1dd"
@@ -295,7 +300,8 @@ def test_seed_name_and_epoch_change_the_order(changes: dict[str, Any]) -> None:
 
 def test_a_set_smaller_than_a_step_gives_several_epochs_to_a_row() -> None:
     plan = make_plan(make_index([1], texts=1), lanes=4)
-    row, position = next_row(plan, 4, Position(5, 0))
+    row = Row(plan, 4, Position(5, 0))
+    position = row.after
     assert [(batch.epoch, batch.pairs.tolist()) for batch in row] == [(epoch, [0]) for epoch in (5, 6, 7, 8)]
     assert position == Position(9, 0)
 

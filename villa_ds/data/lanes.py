@@ -6,7 +6,7 @@ neighbouring lanes. The epochs of a data set follow each other without a gap: of
 than the window at the border of their runs. Where a data set stands is two integers, a `Position`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,21 +65,37 @@ class Position:
     index: int = 0
 
 
-def next_row(plan: DataPlan, lanes: int, position: Position) -> tuple[tuple[MicroBatch, ...], Position]:
-    """The micro-batches of one optimizer step in lane order, and where the next step begins.
+class Row:
+    """The micro-batches of one optimizer step in lane order, each made when it is looked at: a rank needs its own only.
 
-    The row runs on into the next epoch, or through several, where the epoch ends.
+    It runs on into the next epoch, or through several, where the epoch ends.
     """
-    row = []
-    epoch, index = position.epoch, position.index
-    for _ in range(lanes):
-        count = plan.epoch(epoch).micro_batches
-        number = lane_start(count, lanes, index % lanes) + index // lanes
-        row.append(plan.micro_batch(epoch, number, index))
-        index += 1
-        if index == count:
-            epoch, index = epoch + 1, 0
-    return tuple(row), Position(epoch, index)
+
+    def __init__(self, plan: DataPlan, lanes: int, position: Position) -> None:
+        self._plan, self._lanes = plan, lanes
+        self._runs: list[tuple[int, Position]] = []  # first lane of each epoch's share, and its place there
+        lane = 0
+        while lane < lanes:
+            self._runs.append((lane, position))
+            epoch, index = position.epoch, position.index
+            left = plan.epoch(epoch).micro_batches - index
+            taken = min(left, lanes - lane)
+            position = Position(epoch, index + taken) if taken < left else Position(epoch + 1)
+            lane += taken
+        self.after = position  # where the next step begins
+
+    def __len__(self) -> int:
+        return self._lanes
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return map(self.__getitem__, range(self._lanes))
+
+    def __getitem__(self, lane: int) -> MicroBatch:
+        first, position = next(run for run in reversed(self._runs) if run[0] <= lane)
+        index = position.index + lane - first
+        count = self._plan.epoch(position.epoch).micro_batches
+        number = lane_start(count, self._lanes, index % self._lanes) + index // self._lanes
+        return self._plan.micro_batch(position.epoch, number, index)
 
 
 def lane_start(count: int, lanes: int, lane: int) -> int:

@@ -10,7 +10,7 @@ from villa_ds.batch import Batch
 from villa_ds.config import DataConfig
 from villa_ds.data.ahead import Ahead, shards_to_come
 from villa_ds.data.delivery import BatchMaker, Preparer, Request, Source, deliver
-from villa_ds.data.lanes import BatchPlan, Position, describe_plan, draw_task, next_row
+from villa_ds.data.lanes import BatchPlan, Position, Row, describe_plan, draw_task
 from villa_ds.data.manifest import Manifest
 from villa_ds.data.order import require_order
 from villa_ds.data.plan import DataPlan, MicroBatch, PlanSettings
@@ -31,7 +31,7 @@ class StepBatches:
     data: str
     objective: str
     batches: tuple[Batch, ...]  # of this rank's lanes, in order
-    micro_batches: tuple[MicroBatch, ...]  # of all lanes, in order: the same on every rank
+    micro_batches: Row  # of all lanes, in order: the same on every rank; made when looked at
     wait_seconds: float  # how long the loader was waited for
     damage: tuple[Damage, ...] = ()  # that this rank met in making its batches
 
@@ -47,7 +47,7 @@ class _State:
 @dataclass(frozen=True, slots=True)
 class _PlannedStep:
     task: int
-    micro_batches: tuple[MicroBatch, ...]
+    micro_batches: Row
     after: _State
 
 
@@ -142,8 +142,8 @@ class Loader:
     def _plan_step(self, state: _State) -> _PlannedStep:
         task = draw_task(self._seed, state.step + 1, [weight for _, _, weight in self._tasks])
         name = self._tasks[task][0]
-        row, after = next_row(self._plans[name], self._batch_plan.lanes, state.positions[name])
-        return _PlannedStep(task, row, _State(state.step + 1, {**state.positions, name: after}))
+        row = Row(self._plans[name], self._batch_plan.lanes, state.positions[name])
+        return _PlannedStep(task, row, _State(state.step + 1, {**state.positions, name: row.after}))
 
     def _requests(self, planned: deque[_PlannedStep]) -> Iterator[Request]:
         """This rank's requests from the present state on; each step is put on `planned` before its first request."""

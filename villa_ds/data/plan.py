@@ -26,6 +26,7 @@ from villa_ds.errors import DataError
 from villa_ds.rng import Stream, as_uniform, numbered_words
 
 SHARED_SHARDS = 10  # at most one shard in so many is read by two lanes, as far as there are so many shards a lane
+_TOGETHER = 1 << 17  # pairs of small windows that are drawn for in one go when an epoch is planned
 _SCAN = 1 << 20  # pairs looked at in one go when the whole set is scanned: bounds memory
 
 
@@ -81,13 +82,14 @@ class Epoch:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """The pairs of a window as they lie in the shards, with what the epoch drew for each; fields [P]."""
+    """The pairs of w windows as they lie in the shards, with what the epoch drew for each; fields [P]."""
 
     pairs: IntArray
     lengths: IntArray
     negatives: IntArray
     draws: NDArray[np.float64]
     ties: NDArray[np.uint64]  # order of pairs of equal length
+    bounds: IntArray  # [w + 1] where the pairs of each window begin
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class DataPlan:
         self._longest_texts = longest_texts(index, settings.max_text_length) if self._mismatches else None  # [G]
         self.left_out = self._scan()
         self._epochs: Recent[int, Epoch] = Recent(3)  # the one being read, and its neighbours at a boundary
-        self._windows: Recent[tuple[int, int], _Packed] = Recent(settings.lanes + 2)  # every lane is inside one
+        self._windows: Recent[tuple[int, int], _Packed] = Recent(2 * settings.lanes + 2)  # a lane is in one, or ahead
 
     @property
     def pairs(self) -> int:
@@ -225,17 +227,25 @@ class DataPlan:
         line = make_line(self._blocks, settings.seed, settings.name, epoch)
         windows = cut_line(self._blocks, line, settings.window, self._window_shards)
         first, real, padded = np.zeros(len(windows), np.int64), 0, 0
-        for place in range(len(windows) - 1):
-            lengths = np.sort(self._draw(epoch, line, windows, place).lengths)[::-1]
-            bounds = pack(lengths, settings.tokens, settings.rows_multiple)
-            first[place + 1] = first[place] + len(bounds) - 1
-            real += int(lengths.sum())
-            padded += int((np.diff(bounds) * lengths[bounds[:-1]]).sum())
+        held = np.concatenate([[0], np.cumsum(self._blocks.pairs[line])])[windows]  # [W + 1] pairs before a window
+        low = 0
+        while low < len(windows) - 1:
+            high = max(low + 1, int(np.searchsorted(held, held[low] + _TOGETHER, side="right")) - 1)
+            drawn = self._draw(epoch, line, windows, low, high, ties=False)
+            real += int(drawn.lengths.sum())
+            for place, start, stop in zip(
+                range(low, high), drawn.bounds[:-1].tolist(), drawn.bounds[1:].tolist(), strict=True
+            ):
+                lengths = np.sort(drawn.lengths[start:stop])[::-1]
+                bounds = pack(lengths, settings.tokens, settings.rows_multiple)
+                first[place + 1] = first[place] + len(bounds) - 1
+                padded += int(np.diff(bounds) @ lengths[bounds[:-1]])
+            low = high
         return Epoch(line, windows, first, real, padded)
 
     def _pack(self, epoch: int, place: int) -> _Packed:
         settings, planned = self.settings, self.epoch(epoch)
-        drawn = self._draw(epoch, planned.line, planned.windows, place)
+        drawn = self._draw(epoch, planned.line, planned.windows, place, place + 1)
         rows = np.lexsort((drawn.ties, -drawn.lengths))
         bounds = pack(drawn.lengths[rows], settings.tokens, settings.rows_multiple)
         order = Stream(settings.seed, settings.name, "micro-batches", epoch, place).permutation(len(bounds) - 1)
@@ -243,34 +253,56 @@ class DataPlan:
             drawn.pairs[rows], drawn.negatives[rows], drawn.draws[rows], bounds[:-1][order], bounds[1:][order]
         )
 
-    def _draw(self, epoch: int, line: IntArray, windows: IntArray, place: int) -> _Drawn:
-        """The pairs of a window that are taken, with the epoch's draws and the lengths that follow from them."""
+    def _draw(self, epoch: int, line: IntArray, windows: IntArray, low: int, high: int, *, ties: bool = True) -> _Drawn:
+        """The pairs of the windows ``low:high`` that are taken, with the epoch's draws and the lengths that follow.
+
+        What only orders and chooses, but decides no length, is left out without `ties`.
+        """
         settings, index, blocks = self.settings, self._index, self._blocks
-        own = line[windows[place] : windows[place + 1]]
+        own = line[windows[low] : windows[high]]
         pairs = ranges(blocks.pair_start[own], blocks.pair_stop[own])
-        words = np.concatenate(
-            [
-                numbered_words(start, count, settings.seed, settings.name, "pairs", epoch)
-                for start, count in zip(blocks.pair_start[own].tolist(), blocks.pairs[own].tolist(), strict=True)
-            ]
-        )
         sizes = sizes_of(index, pairs)
         taken = self._taken(sizes)
-        pairs, words, sizes = pairs[taken], words[taken], sizes[taken]
+        before = np.concatenate([[0], np.cumsum(blocks.pairs[own])])[windows[low : high + 1] - windows[low]]
+        bounds = np.concatenate([[0], np.cumsum(taken)])[before]
+        words = self._words(epoch, own)[taken] if ties or self._mismatches else np.zeros((len(pairs), 4), np.uint64)
+        pairs, sizes = pairs[taken], sizes[taken]
         draws, negatives = as_uniform(words[:, 0]), np.full(len(pairs), -1)
         others = sizes.other_regions, sizes.other_text
         if self._longest_texts is not None:
-            candidates = self._groups_in_reach(line, windows, place)
+            counts = np.diff(bounds)
+            reach = [self._groups_in_reach(line, windows, place) for place in range(low, high)]
+            candidates, reached = np.concatenate(reach), np.array([len(groups) for groups in reach])
+            start = np.cumsum(reached) - reached
             regions, texts = index["group_regions"], self._longest_texts
             if settings.negative_probability > 0:
-                drawn = _draw_others(np.asarray(index["pair_group"][pairs], np.int64), candidates, words[:, 1])
+                # A window's own groups come first in its reach, in the order of its blocks.
+                groups = blocks.group_stop[own] - blocks.group_start[own]
+                passed = np.cumsum(groups) - groups
+                passed -= np.repeat(passed[windows[low:high] - windows[low]], np.diff(windows[low : high + 1]))
+                shift = np.repeat(passed - blocks.group_start[own], blocks.pairs[own])[taken]
+                place_of_own = np.asarray(index["pair_group"][pairs], np.int64) + shift
+                others_there = np.repeat(reached - 1, counts)
+                place = (as_uniform(words[:, 1]) * others_there).astype(np.int64)
+                drawn = candidates[np.repeat(start, counts) + place + (place >= place_of_own)]
                 chosen = draws < settings.negative_probability
                 negatives = np.where(chosen, drawn, -1)
                 others = np.where(chosen, regions[drawn], 0), np.where(chosen, texts[drawn], 0)
             if settings.candidates:  # some of so many others that the largest is most likely among them
-                others = np.full(len(pairs), regions[candidates].max()), np.full(len(pairs), texts[candidates].max())
+                others = (
+                    np.repeat(np.maximum.reduceat(regions[candidates], start), counts),
+                    np.repeat(np.maximum.reduceat(texts[candidates], start), counts),
+                )
         lengths = self._lengths(sizes.with_others(*others))
-        return _Drawn(pairs, lengths, negatives, draws, words[:, 2])
+        return _Drawn(pairs, lengths, negatives, draws, words[:, 2], bounds)
+
+    def _words(self, epoch: int, blocks: IntArray) -> NDArray[np.uint64]:
+        """[P, 4] what the epoch draws for the pairs of these blocks, in their order."""
+        starts, counts = self._blocks.pair_start[blocks].tolist(), self._blocks.pairs[blocks].tolist()
+        path = (self.settings.seed, self.settings.name, "pairs", epoch)
+        return np.concatenate(
+            [numbered_words(start, count, *path) for start, count in zip(starts, counts, strict=True)]
+        )
 
     def _draw_candidates(self, epoch: int, place: int, pairs: IntArray) -> IntArray:
         """[P, candidates] for each pair different groups of the window's reach, none of them its own."""
@@ -316,11 +348,3 @@ def _window_shards(shards: int, lanes: int) -> int:
     shard in SHARED_SHARDS at most; with fewer shards a lane than that, a window of one shard is the best there is.
     """
     return max(1, shards // (SHARED_SHARDS * (lanes - 1))) if lanes > 1 else shards
-
-
-def _draw_others(groups: IntArray, candidates: IntArray, words: NDArray[np.uint64]) -> IntArray:
-    """[P] for each of `groups` [P] one of `candidates` that differs from it, uniformly; it is among them itself."""
-    by_number = np.argsort(candidates)
-    own = by_number[np.searchsorted(candidates, groups, sorter=by_number)]
-    drawn = (as_uniform(words) * (len(candidates) - 1)).astype(np.int64)
-    return candidates[drawn + (drawn >= own)]
