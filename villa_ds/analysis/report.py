@@ -435,7 +435,7 @@ def _heat(found: Mapping[Key, Weights]) -> str:
     for key, mean in means.items():
         cells = []
         for layer, head in columns:
-            value = float(mean[layer, head])
+            value = _rounded(float(mean[layer, head]))
             colour = "213,94,0" if value > 0 else "0,114,178"
             cells.append(f'<td style="background:rgba({colour},{0.75 * abs(value) / strongest:.2f})">{value:.3f}</td>')
         rows.append(f"<tr><th>{text(key[1])}, {text(_ENDS[key[0], key[2]])}</th>{''.join(cells)}</tr>")
@@ -452,7 +452,12 @@ def _head(head: tuple[int, int]) -> str:
 
 def _interval(found: Estimate, *, signed: bool = False) -> str:
     width = "" if math.isnan(found.half_width) else f" ± {found.half_width:.3f}"
-    return f"{found.mean:{'+' if signed else ''}.3f}{width}"
+    return f"{_rounded(found.mean):{'+' if signed else ''}.3f}{width}"
+
+
+def _rounded(value: float) -> float:
+    """To three places, and never -0."""
+    return round(value, 3) + 0.0
 
 
 def _rephrasing(models: Mapping[str, TrainModule], material: _Material) -> str:
