@@ -11,6 +11,7 @@ Of a whole epoch only the number of micro-batches of each window is kept; a wind
 Shape legend: P pairs of a window, W windows, B blocks, n micro-batches of a window.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -333,7 +334,7 @@ class DataPlan:
         counts = self._blocks.group_stop - self._blocks.group_start
         reach: list[int] = []
         held, last = 0, len(windows) - 2
-        for window in (*range(place, last + 1), *range(place - 1, -1, -1)):
+        for window in itertools.chain(range(place, last + 1), range(place - 1, -1, -1)):
             if held >= needed or (reach and not self._mismatches):
                 break
             reach.append(window)
