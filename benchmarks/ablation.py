@@ -161,11 +161,10 @@ def pretrain(weights: str, shards: Path, work: Path) -> None:
         find_recipe("demo-scenes-pretrain"),
         [f"data.root={shards}", f"output={work / ('pretrain-' + weights)}", *overrides],
     )
-    started = time.process_time()
     results = train(recipe)
     path = FOLDER / "cells" / f"pretrain-{weights}.json"
     if not path.exists():
-        store(path, {"recipe": settings_of(recipe), "validation": results, "cpu_s": time.process_time() - started})
+        store(path, {"recipe": settings_of(recipe), "validation": results})
 
 
 def run(cell: Cell) -> Cell:
