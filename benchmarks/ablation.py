@@ -69,6 +69,12 @@ VARIANTS = (
     Variant(
         "villa-fine-long", "adversarial fine-tuning only, as many steps as `uniter-compute`", steps_factor=COMPUTE
     ),
+    Variant(
+        "villa-fine-long-5x",
+        "the same with steps five times as large",
+        ("phases.0.adversary.text.step_size=0.02", "phases.0.adversary.image.step_size=0.1"),
+        steps_factor=COMPUTE,
+    ),
     Variant("text", "adversarial fine-tuning, text only", ("phases.0.adversary.modality=text",)),
     Variant("image", "adversarial fine-tuning, image only", ("phases.0.adversary.modality=image",)),
     Variant("alternate", "adversarial fine-tuning, text and image in turn", ("phases.0.adversary.modality=alternate",)),
