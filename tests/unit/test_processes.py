@@ -1,8 +1,11 @@
 import os
 import signal
+import struct
+from multiprocessing.connection import Connection
 
 import pytest
 
+from villa_ds.data import processes
 from villa_ds.data.processes import in_order
 from villa_ds.errors import DataError
 
@@ -14,6 +17,18 @@ def with_process(item: int) -> tuple[int, int, str | None]:
 def killed(item: int) -> int:
     if item == 3:
         os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def killed_in_the_middle(item: int) -> int:
+    """Hand half of the result over and die, as one that the system kills for memory may."""
+    if item == 3:
+
+        def half(connection: Connection, message: bytes) -> None:
+            os.write(connection.fileno(), struct.pack("!i", 2 * len(message)) + bytes(message))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Connection._send_bytes = half
     return item
 
 
@@ -42,3 +57,20 @@ def test_errors_of_the_work_and_killed_processes_end_it():
         list(in_order(refused, range(8), processes=2))
     with pytest.raises(DataError, match="one of 2 processes was killed, perhaps for memory; give fewer processes"):
         list(in_order(killed, range(8), processes=2))
+
+
+def test_one_killed_while_it_hands_its_result_over_is_noticed(monkeypatch):
+    """The others hold the pipe open, and half a result is in it."""
+    monkeypatch.setattr(processes, "_GRACE_S", 0.2)
+    with pytest.raises(DataError, match="one of 2 processes was killed"):
+        list(in_order(killed_in_the_middle, range(8), processes=2))
+
+
+def interrupts(_: int) -> bool:
+    return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_processes_leave_interrupts_to_the_first():
+    before = signal.getsignal(signal.SIGINT)
+    assert all(in_order(interrupts, range(4), processes=2))
+    assert signal.getsignal(signal.SIGINT) is before

@@ -8,14 +8,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as NotYetError  # not the built-in one before Python 3.11
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from villa_ds.errors import DataError
 
 T = TypeVar("T")
 U = TypeVar("U")
+_GRACE_S = 2.0  # for the pool to notice by itself that a process was killed
 _AHEAD = 2  # chunks a process: one at work, one waiting; more only takes memory
 _function: Callable[[Any], Any] | None = None  # of a worker process
 
@@ -39,18 +42,54 @@ def in_order(function: Callable[[T], U], items: Sequence[T], processes: int | No
         ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(function,)) as pool,
     ):
         try:
+            others = set(multiprocessing.active_children())
+            workers: set[BaseProcess] = set()
             for start in range(0, len(items), chunk):
                 # not a slice: items may be made one by one
                 part = [items[place] for place in range(start, min(start + chunk, len(items)))]
-                waiting.append(pool.submit(_work, part))
+                with _interrupts_ignored():  # a call may start a process
+                    waiting.append(pool.submit(_work, part))
+                workers |= set(multiprocessing.active_children()) - others
                 if len(waiting) == _AHEAD * count:
-                    yield from waiting.popleft().result()
+                    yield from _result(pool, waiting.popleft(), workers)
             while waiting:
-                yield from waiting.popleft().result()
+                yield from _result(pool, waiting.popleft(), workers)
         except BrokenProcessPool:
             raise DataError(f"one of {count} processes was killed, perhaps for memory; give fewer processes") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(pool: ProcessPoolExecutor, future: "Future[list[U]]", workers: set[BaseProcess]) -> list[U]:
+    """What a future comes to, or BrokenProcessPool.
+
+    A process that is killed while it hands its result over leaves half of it in the pipe, and the pool waits for the
+    rest for as long as another process, or this one, holds the pipe open for writing.
+    """
+    while True:
+        try:
+            return future.result(timeout=_GRACE_S)
+        except NotYetError:
+            if future.done():
+                raise
+            if not all(worker.is_alive() for worker in workers):
+                for worker in workers:
+                    worker.kill()
+                pool._result_queue._writer.close()  # type: ignore[attr-defined]  # ours: else there is no end to read
+                workers = set()
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started inside ignore SIGINT from their first moment on, not only once they have begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
 
 
 def _begin(function: Callable[[Any], Any]) -> None:
