@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -103,7 +104,10 @@ def test_a_shard_cut_in_half(
     os.truncate(shard, size // 2)
     recipe = recipe_file(data, tmp_path / "run")
     message = refusal(capsys, 3, "train", recipe, f"data.workers={workers}")
-    assert message.startswith(f"{shard}: has {size // 2} bytes, the manifest says {size}; copy the shard again")
+    assert re.match(
+        r"data set demo: \d+ of \d+ pairs cannot be read, more than data.damage_budget 0.001 allows: ", message
+    )
+    assert f"{shard}: has {size // 2} bytes, the manifest says {size}" in message
     assert main(["train", recipe, f"data.root={root}"]) == 0
     assert [row["step"] for row in metrics_rows(tmp_path / "run")] == list(range(1, STEPS + 1))
 
@@ -112,7 +116,8 @@ def test_a_shard_that_is_gone(data: Path, tmp_path: Path, capsys: pytest.Capture
     shard = data / "train" / "shard-000002.tar"
     shard.unlink()
     message = refusal(capsys, 3, "train", recipe_file(data, tmp_path / "run"))
-    assert message.startswith(f"{shard}: cannot be opened: No such file or directory; copy the shard again")
+    assert "pairs cannot be read, more than data.damage_budget 0.001 allows: " in message
+    assert f"{shard}: cannot be opened: No such file or directory" in message
 
 
 def test_features_of_another_width_than_the_manifest_says(
@@ -289,4 +294,6 @@ def test_from_a_shell(root: Path, data: Path, tmp_path: Path) -> None:
     assert result.returncode == 3
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith(f"villa-ds: {data}/train/shard-000000.tar: has 1000 bytes, the")
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("villa-ds: data set demo: ")
+    assert f" allows: {data}/train/shard-000000.tar: has 1000 bytes, the manifest says " in last
