@@ -90,9 +90,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     content = {"norm_bb": np.tile(np.array([0, 0, 0.5, 0.5, 0.5, 0.5], np.float32), (36, 1))}
     (folder / "images").mkdir()
-    for number in range(300):
+    for number in range(600):
         np.savez(folder / "images" / f"i{number:03d}.npz", features=rng.random((36, 512), np.float32), **content)
-    write_texts(folder / "texts.jsonl", [row(f"i{number:03d}", number) for number in range(300)])
+    write_texts(folder / "texts.jsonl", [row(f"i{number:03d}", number) for number in range(600)])
     (folder / "vocab.txt").write_bytes(vocabulary_bytes(PIECES))
     return folder
 

@@ -47,7 +47,7 @@ def in_order(function: Callable[[T], U], items: Sequence[T], processes: int | No
             for start in range(0, len(items), chunk):
                 # not a slice: items may be made one by one
                 part = [items[place] for place in range(start, min(start + chunk, len(items)))]
-                with _interrupts_ignored():  # a call may start a process
+                with _interrupts_wait():  # a call may start a process
                     waiting.append(pool.submit(_work, part))
                 workers |= set(multiprocessing.active_children()) - others
                 if len(waiting) == _AHEAD * count:
@@ -80,16 +80,13 @@ def _result(pool: ProcessPoolExecutor, future: "Future[list[U]]", workers: set[B
 
 
 @contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Processes started inside ignore SIGINT from their first moment on, not only once they have begun."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_wait() -> Iterator[None]:
+    """Processes started inside never see SIGINT, not even before they have begun; here it comes a moment later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(function: Callable[[Any], Any]) -> None:
