@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO behind the engine protocol, and the choice of an engine. The only file that imports deepspeed."""
 
+import atexit
 import contextlib
 import io
 import json
@@ -164,6 +165,7 @@ class DeepSpeedEngine:
                     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=self._timeout)
                 except torch.distributed.DistError as error:
                     raise RankLostError(f"the {self.world} ranks did not find each other: {error}") from None
+                atexit.register(_leave_ranks)
             engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         engine.train()
         return engine
@@ -392,6 +394,12 @@ class DeepSpeedEngine:
                 parameter.copy_(value)
         else:
             safe_set_local_optimizer_state(parameter, local, kind)
+
+
+def _leave_ranks() -> None:
+    """End torch.distributed's threads before the interpreter ends, which aborts now and then if they still run."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
