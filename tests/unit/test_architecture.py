@@ -19,6 +19,7 @@ ORDER = (
     "train.__init__",
     "analysis.__init__",
     "errors",
+    "files",
     "mapping",
     "config_objectives",
     "config",

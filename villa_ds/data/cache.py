@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from villa_ds.errors import ConfigError
+from villa_ds.files import sync
 
 GIB = 1 << 30
 FOLDER_VARIABLE = "VILLA_DS_CACHE"
@@ -198,7 +199,7 @@ class Cache:
             os.fsync(partial.descriptor)
             os.replace(partial.path, path)
             partial.note_path.unlink(missing_ok=True)
-            _sync(path.parent)
+            sync(path.parent)
             # Renamed first: whoever now tries for a partial file's lock finds no such name, and never locks this one.
             fcntl.flock(partial.descriptor, fcntl.LOCK_SH)
             return os.fdopen(os.dup(partial.descriptor), "rb")  # the lock goes with it
@@ -290,11 +291,3 @@ def _is_at(found: os.stat_result, path: Path) -> bool:
         return os.path.samestat(found, path.stat())
     except FileNotFoundError:
         return False
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

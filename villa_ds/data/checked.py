@@ -7,16 +7,15 @@ by itself is noticed once the mark is `VALID_S` old.
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import time
 from pathlib import Path
 from typing import BinaryIO
 
 from villa_ds.errors import DamageError
+from villa_ds.files import sha256_of
 
 VALID_S = 86400.0
-_BLOCK = 1 << 20
 _SOUND = b"sound"
 
 
@@ -56,9 +55,7 @@ class CheckedFiles:
 
 
 def _require(file: BinaryIO, sha256: str) -> None:
-    digest = hashlib.sha256()
     file.seek(0)
-    while block := file.read(_BLOCK):
-        digest.update(block)
-    if digest.hexdigest() != sha256:
-        raise DamageError(f"sha256 is {digest.hexdigest()}, the manifest says {sha256}")
+    found = sha256_of(file)
+    if found != sha256:
+        raise DamageError(f"sha256 is {found}, the manifest says {sha256}")

@@ -22,7 +22,6 @@ import dataclasses
 import hashlib
 import json
 import mmap
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from villa_ds.config import DataConfig
 from villa_ds.data import npy
 from villa_ds.data.store import LocalStore, Store, open_store
 from villa_ds.errors import DamageError, DataError
+from villa_ds.files import replace_file, sync
 
 SCHEMA_VERSIONS = (1, 2)  # 2 has index arrays that 1 lacks; a set that needs none of them is written as 1
 MANIFEST_NAME = "manifest.json"
@@ -392,26 +392,7 @@ def write_manifest(
     }
     content["fingerprint"] = fingerprint_of(content)
     manifest = _parse(LocalStore(folder), content)  # never write what could not be read
-    sync_folder(folder)
+    sync(folder)
     replace_file(folder / MANIFEST_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    sync_folder(folder)
+    sync(folder)
     return manifest
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that it is either complete under its name or not there."""
-    temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a loss of power; the content of files is synced by who writes them."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

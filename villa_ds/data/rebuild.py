@@ -19,9 +19,10 @@ from villa_ds.data.manifest import (
 from villa_ds.data.processes import in_order
 from villa_ds.data.progress import with_progress
 from villa_ds.data.sizes import record_sizes
-from villa_ds.data.stored import Form, decode, readers, sha256_of, walk
+from villa_ds.data.stored import Form, decode, readers, walk
 from villa_ds.data.writer import GroupRecord, IndexBuilder, SetInfo
 from villa_ds.errors import DataError
+from villa_ds.files import sha256_of
 
 SHOWN = 100  # problems told one by one
 

@@ -17,9 +17,10 @@ from villa_ds.data.contract import key_problem
 from villa_ds.data.manifest import Manifest, load_manifest
 from villa_ds.data.progress import with_progress
 from villa_ds.data.recent import Recent
-from villa_ds.data.stored import Form, decode, group_at, member_at, parse_record, pieces_of, sha256_of
+from villa_ds.data.stored import Form, decode, group_at, member_at, parse_record, pieces_of
 from villa_ds.data.writer import DEFAULT_SHARD_BYTES, EncodedGroup, SetInfo, ShardWriter
 from villa_ds.errors import DamageError, DataError
+from villa_ds.files import sha256_of
 from villa_ds.rng import Stream, seed_of
 
 _OPEN_SHARDS = 8  # of each of many sets; opening one again costs microseconds

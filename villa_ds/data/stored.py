@@ -25,7 +25,6 @@ from villa_ds.data.manifest import VOCABULARY_NAME, Manifest
 from villa_ds.data.writer import EncodedGroup
 from villa_ds.errors import DamageError
 
-_BLOCK = 1 << 20  # bytes hashed at a time
 _LITTLE = 1 << 28  # bytes that one process has read before others have started
 _MEMBER_DTYPES = {"features.npy": "float16", "boxes.npy": "float32"}
 _LABEL_DTYPES = {"dense": "float16", "topk": "float32"}
@@ -232,11 +231,3 @@ def pieces_of(manifest: Manifest) -> list[str]:
 def readers(size: int, processes: int | None) -> int | None:
     """How many processes read `size` bytes of tar: as many as were asked for, one for little, else None (one a CPU)."""
     return 1 if processes is None and size < _LITTLE else processes
-
-
-def sha256_of(file: BinaryIO) -> str:
-    """Hexadecimal digest of an open file, from where it is."""
-    digest = hashlib.sha256()
-    while block := file.read(_BLOCK):
-        digest.update(block)
-    return digest.hexdigest()

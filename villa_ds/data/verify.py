@@ -23,8 +23,9 @@ from villa_ds.data.processes import in_order
 from villa_ds.data.progress import with_progress
 from villa_ds.data.sizes import RecordSizes, record_sizes
 from villa_ds.data.store import Store
-from villa_ds.data.stored import Form, decode, group_at, readers, sha256_of, walk
+from villa_ds.data.stored import Form, decode, group_at, readers, walk
 from villa_ds.errors import DamageError, DataError
+from villa_ds.files import sha256_of
 from villa_ds.rng import numbered_words
 
 

@@ -10,8 +10,9 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
-from villa_ds.data.manifest import SPECIAL_PIECES, VOCABULARY_NAME, Vocabulary, replace_file, vocabulary_bytes
+from villa_ds.data.manifest import SPECIAL_PIECES, VOCABULARY_NAME, Vocabulary, vocabulary_bytes
 from villa_ds.errors import DataError
+from villa_ds.files import replace_file
 
 _UNKNOWN = SPECIAL_PIECES["unk"]
 _PREFIX = "##"  # marks a piece that continues a word

@@ -31,11 +31,11 @@ from villa_ds.data.manifest import (
     Manifest,
     Shard,
     Vocabulary,
-    sync_folder,
     write_manifest,
 )
 from villa_ds.data.sizes import RecordSizes, record_sizes
 from villa_ds.errors import DataError
+from villa_ds.files import sync
 
 DEFAULT_SHARD_BYTES = 1 << 30  # large enough to read at disk speed, small enough to spread over lanes
 
@@ -327,7 +327,7 @@ class _OpenShard:
         self._tar.close()
         self._stream.close()
         os.replace(self._temporary, self._path)
-        sync_folder(self._path.parent)
+        sync(self._path.parent)
         pairs = sum(len(group.texts) for group in self.groups)
         digest = self._stream.digest.hexdigest()
         return ShardRecord(Shard(self._path.name, self._stream.written, digest, len(self.groups), pairs), self.groups)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from villa_ds.batch import Batch, Encoded, Example, LossOutput, Reads, Sample
-from villa_ds.data.manifest import Vocabulary
+from villa_ds.data.manifest import Manifest, Vocabulary
 from villa_ds.errors import ConfigError, DataError
 from villa_ds.models.backbone import Backbone
 from villa_ds.objectives.base import UNLABELLED, Objective
@@ -114,3 +114,14 @@ class AnswerScoring(Objective):
 def score_of_best(output: LossOutput, batch: Batch) -> Tensor:
     """[B] the target's score of the answer predicted."""
     return batch.targets["scores"].gather(-1, output.logits.argmax(-1, keepdim=True))[:, 0]
+
+
+def count_answers(objective: str, configured: int | None, manifest: Manifest) -> int:
+    """How many answers an objective scores: as configured, else those of the set. ConfigError if there are none."""
+    count = configured if configured is not None else len(manifest.answers)
+    if count < 1:
+        raise ConfigError(
+            f"objectives.{objective}.num_answers: {count!r} does not do: give 1 or more, or a set with an answer list "
+            f"({manifest.store} has none)"
+        )
+    return count

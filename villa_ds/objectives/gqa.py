@@ -8,8 +8,7 @@ from typing import cast
 from villa_ds.batch import Batch, Example, LossOutput, Sample
 from villa_ds.config_objectives import ObjectivesConfig
 from villa_ds.data.manifest import Manifest
-from villa_ds.errors import ConfigError
-from villa_ds.objectives.answers import AnswerScoring, score_of_best
+from villa_ds.objectives.answers import AnswerScoring, count_answers, score_of_best
 from villa_ds.objectives.base import Objective, Rows, Sums, register
 from villa_ds.objectives.reductions import total
 from villa_ds.objectives.submissions import json_lines
@@ -81,10 +80,5 @@ class CompositionalQuestions(AnswerScoring):
 
 @register("gqa")
 def _build(_: str, settings: ObjectivesConfig, manifest: Manifest) -> Objective:
-    num_answers = settings.gqa.num_answers if settings.gqa.num_answers is not None else len(manifest.answers)
-    if num_answers < 1:
-        raise ConfigError(
-            f"objectives.gqa.num_answers: {num_answers!r} does not do: give 1 or more, or a set with an answer list "
-            f"({manifest.folder} has none)"
-        )
+    num_answers = count_answers("gqa", settings.gqa.num_answers, manifest)
     return CompositionalQuestions(manifest.vocabulary, num_answers, manifest.answers)

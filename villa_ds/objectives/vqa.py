@@ -3,8 +3,7 @@
 from villa_ds.batch import Batch, LossOutput
 from villa_ds.config_objectives import ObjectivesConfig
 from villa_ds.data.manifest import Manifest
-from villa_ds.errors import ConfigError
-from villa_ds.objectives.answers import AnswerScoring, score_of_best
+from villa_ds.objectives.answers import AnswerScoring, count_answers, score_of_best
 from villa_ds.objectives.base import Objective, Rows, Sums, register
 from villa_ds.objectives.reductions import total
 from villa_ds.objectives.submissions import json_lines, number_of
@@ -30,10 +29,5 @@ class VisualQuestionAnswering(AnswerScoring):
 
 @register("vqa")
 def _build(_: str, settings: ObjectivesConfig, manifest: Manifest) -> Objective:
-    num_answers = settings.vqa.num_answers if settings.vqa.num_answers is not None else len(manifest.answers)
-    if num_answers < 1:
-        raise ConfigError(
-            f"objectives.vqa.num_answers: {num_answers!r} does not do: give 1 or more, or a set with an answer list "
-            f"({manifest.store} has none)"
-        )
+    num_answers = count_answers("vqa", settings.vqa.num_answers, manifest)
     return VisualQuestionAnswering(manifest.vocabulary, num_answers, manifest.answers)

@@ -6,7 +6,6 @@ pointer `latest`. Loading verifies every byte before use: a torn, truncated or c
 the one before it is used.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 
 from villa_ds.config import CheckpointsConfig
 from villa_ds.errors import CheckpointError
+from villa_ds.files import sha256_of, sync
 
 Entry = dict[str, int | str]  # of a file in the manifest: bytes, sha256
 
@@ -117,12 +117,12 @@ class CheckpointStore:
     def _commit(self, pending: "_Pending", entries: dict[str, Entry]) -> None:
         manifest = pending.folder / MANIFEST
         manifest.write_text(json.dumps({"step": pending.step, "files": entries}, indent=1), encoding="utf-8")
-        _sync(manifest)
-        _sync(pending.folder)
+        sync(manifest)
+        sync(pending.folder)
         final = pending.folder.with_suffix("")
         shutil.rmtree(final, ignore_errors=True)  # an unusable one of the same step, or it would have been resumed
         os.replace(pending.folder, final)
-        _sync(self.directory)
+        sync(self.directory)
         self._point_to(final.name)
         self._retain(final.name)
 
@@ -142,9 +142,9 @@ class CheckpointStore:
     def _point_to(self, name: str) -> None:
         temporary = self.directory / f"{LATEST}.tmp"
         temporary.write_text(name + "\n", encoding="utf-8")
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, self.directory / LATEST)
-        _sync(self.directory)
+        sync(self.directory)
 
     def _retain(self, saved: str) -> None:
         # A newer one is damaged, or the run would have gone on from it: it must not count as one of those kept.
@@ -188,10 +188,10 @@ def _write_share(folder: Path, rank: int, write: Callable[[Path], None], state: 
         paths[-1].write_text(json.dumps(state, indent=1), encoding="utf-8")
     entries: dict[str, Entry] = {}
     for path in paths:
-        _sync(path)
+        sync(path)
         name = str(path.relative_to(folder))
         entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    _sync(own)
+    sync(own)
     return entries
 
 
@@ -262,12 +262,4 @@ def _files(folder: Path) -> Iterable[Path]:
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return sha256_of(file)

@@ -16,10 +16,11 @@ from types import TracebackType
 from typing import IO, Any
 
 from villa_ds.data.convert.account import LOG_NAME
-from villa_ds.data.manifest import MANIFEST_NAME, Shard, sync_folder
+from villa_ds.data.manifest import MANIFEST_NAME, Shard
 from villa_ds.data.sizes import RecordSizes
 from villa_ds.data.writer import GroupRecord, ShardRecord
 from villa_ds.errors import DataError
+from villa_ds.files import sync
 
 JOURNAL_NAME = "conversion.journal"
 _TEMPORARY = ".partial"
@@ -134,9 +135,9 @@ class Journal:
         self._stream.write(json.dumps(content, separators=(",", ":")).encode() + b"\n")
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        sync_folder(self._folder)
+        sync(self._folder)
 
     def remove(self) -> None:
         """The set is complete, or given up."""
         self._path.unlink()
-        sync_folder(self._folder)
+        sync(self._folder)

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from villa_ds.data.convert.extractor import MIN_SIDE, ExtractedRegions
-from villa_ds.data.manifest import replace_file
 from villa_ds.errors import ConfigError, DataError
+from villa_ds.files import replace_file
 from villa_ds.mapping import from_mapping, require
 
 try:

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from villa_ds.data import npy
 from villa_ds.data.convert.region_files import SUFFIX
-from villa_ds.data.manifest import VOCABULARY_NAME, Manifest, replace_file
+from villa_ds.data.manifest import VOCABULARY_NAME, Manifest
 from villa_ds.data.progress import with_progress
 from villa_ds.data.stored import StoredGroup, walk
 from villa_ds.data.verify import verify
 from villa_ds.errors import DataError
+from villa_ds.files import replace_file
 
 TEXTS_NAME, ANSWERS_NAME, IMAGES_NAME = "texts.jsonl", "answers.json", "images"
 
