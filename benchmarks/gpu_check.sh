@@ -87,6 +87,7 @@ part bfloat16_zero3 90 trained zero3 engine.ds_config=zero3 engine.precision=bfl
 part fused_adam 150 trained fused engine.ds_config=zero1 engine.precision=bfloat16 optimizer.name=fused_adam
 part activation_checkpointing 90 trained recompute engine.ds_config=zero1 model.activation_checkpointing=true
 part clean_graph_recomputed 90 trained clean engine.ds_config=zero1 phases.1.adversary.clean_graph=recompute
+part compiled 240 trained compiled engine.ds_config=zero1 engine.precision=bfloat16 engine.compile=true
 part resume 150 resumed
 cat "$out/doctor.log"
 grep -h "tokens/s, median\|largest difference" "$out"/*.log

@@ -21,8 +21,9 @@ from textbook import TextbookPasses, TextbookUniter
 from workload import ANSWERS, batch_of, engine_of, mixed_lengths, vqa_objective, without_dropout
 
 from villa_ds.batch import Batch
-from villa_ds.config import AdversaryConfig, ModalityConfig
+from villa_ds.config import AdversaryConfig, EngineConfig, ModalityConfig
 from villa_ds.models.presets import BackboneSizes
+from villa_ds.objectives.base import Objective
 from villa_ds.train.adversary import Adversary
 from villa_ds.train.step import StepInput, adversarial_step, train_step
 from villa_ds.train.torch_engine import TorchEngine
@@ -84,6 +85,16 @@ def check_same(engine: TorchEngine, work: StepInput, textbook: TextbookUniter, b
     return worst
 
 
+def other_engines(options: argparse.Namespace, objective: Objective, rates: dict[str, float]) -> dict[str, TorchEngine]:
+    """The same model under other settings of the engine, by what they are called."""
+    wanted = {"bfloat16": EngineConfig(precision="bfloat16")} if options.bfloat16 else {}
+    wanted |= {"compiled": EngineConfig(compile=True)} if options.compile else {}
+    return {
+        label: engine_of(options.preset, objective, options.threads, settings, **rates)
+        for label, settings in wanted.items()
+    }
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -93,6 +104,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--regions", type=int, default=36)
     parser.add_argument("--mixed", action="store_true", help="rows of a length bucket instead of equal ones")
     parser.add_argument("--dropout", type=float, default=None, help="default: the preset's")
+    parser.add_argument("--bfloat16", action="store_true", help="a step with 16-bit weights too")
+    parser.add_argument("--compile", action="store_true", help="steps with engine.compile=true too")
     parser.add_argument("--steps", type=int, default=3, help="K of the adversarial steps")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -131,12 +144,19 @@ def main() -> None:
         "adversarial step": lambda: adversarial_step(engine, work, Adversary(AdversaryConfig(**adversary)), 1.0),
         "released adversarial loop on the textbook model": released_step,
     }
+    others = other_engines(options, objective, rates)
+    for label, other in others.items():
+        runs[f"step, {label}"] = lambda other=other: train_step(other, work)
+        runs[f"adversarial step, {label}"] = lambda other=other: adversarial_step(
+            other, work, Adversary(AdversaryConfig(**adversary)), 1.0
+        )
     bert = bert_step(sizes, batch)
     if bert is not None:
         runs["step of Hugging Face's BERT"] = bert
 
     def clear() -> None:
-        engine.discard()
+        for each in (engine, *others.values()):
+            each.discard()
         textbook.zero_grad(set_to_none=True)
 
     times = alternate(runs, options.rounds, before=clear)
@@ -167,6 +187,7 @@ def main() -> None:
             print(f"{name:50}{value if value is None else format(value, '.4g')}")
     parts = [options.preset, "mixed" if options.mixed else "equal"]
     parts += [] if options.dropout is None else [f"dropout-{options.dropout:g}"]
+    parts += [f"{options.threads}-threads"] if options.threads > 1 else []
     content = {**started, "options": vars(options), **figures, "peak_bytes": memory, **times.to_dict()}
     print(f"written to {record.write('step/' + '-'.join(parts), content)}")
 

@@ -1,5 +1,6 @@
 """What the step benchmarks run on: VQA v2's sizes, random features, rows of equal or of realistic length."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,11 +63,14 @@ def mixed_lengths(rows: int, bucket: int = 512) -> list[tuple[int, int]]:
     return [(int(words[row]), int(regions[row])) for row in middle]
 
 
-def engine_of(preset: str, objective: Objective, threads: int, **model: Any) -> TorchEngine:
-    """A model of that size in one process, float32; `model`: further keys of a recipe's model section."""
+def engine_of(
+    preset: str, objective: Objective, threads: int, settings: EngineConfig | None = None, **model: Any
+) -> TorchEngine:
+    """A model of that size in one process; `model`: further keys of a recipe's model section."""
     torch.manual_seed(0)
     module = build_module(ModelConfig(preset=preset, **model), [objective], manifest())
-    engine = TorchEngine(module, EngineConfig(threads=threads), OptimizerConfig())
+    settings = dataclasses.replace(settings or EngineConfig(), threads=threads)
+    engine = TorchEngine(module, settings, OptimizerConfig())
     torch.set_num_threads(threads)
     return engine
 

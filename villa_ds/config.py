@@ -191,6 +191,7 @@ class EngineConfig:
     device: str | None = None  # None: CUDA if there is one
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_reduction: Literal["auto", "once", "every_pass"] = "auto"  # ZeRO 2 and 3; auto: once at 2, every_pass at 3
+    compile: bool = False  # torch.compile of the transformer layers (docs/performance.md)
     threads: int = 0  # CPU threads; 0 leaves torch's choice
 
     def __post_init__(self) -> None:

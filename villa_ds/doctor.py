@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import torch
 
 from villa_ds import __version__
+from villa_ds.config import EngineConfig, ModelConfig
 from villa_ds.data.cache import GIB, Cache, default_folder
+from villa_ds.kernels import kernels_of
 from villa_ds.models.layers import fused_layer_norm_kernel
 
 REQUIRED = ("torch", "numpy", "deepspeed", "webdataset", "tensorboard", "pyyaml", "safetensors", "tokenizers", "tqdm")
@@ -51,14 +53,11 @@ def _device() -> Iterator[str]:
 
 
 def _kernels() -> Iterator[str]:
-    apex = fused_layer_norm_kernel() is not None and torch.cuda.is_available()
-    yield f"LayerNorm: {'apex fused kernel' if apex else 'torch'}" + (
-        "" if apex else " (NVIDIA apex's needs CUDA and a build from its source; PyPI's `apex` is another project)"
-    )
-    if torch.cuda.is_available():
-        yield "attention: scaled_dot_product_attention, memory-efficient; a padding mask rules flash out"
-    else:
-        yield "attention: scaled_dot_product_attention; with dropout on a CPU its plain form"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for operation, kernel in kernels_of(device, ModelConfig(), EngineConfig()).items():
+        yield f"{operation}: {kernel}"
+    if fused_layer_norm_kernel() is None:
+        yield "  (NVIDIA apex's LayerNorm needs CUDA and a build from its source; PyPI's `apex` is another project)"
     fused = "apex FusedAdam if built, else torch's fused AdamW" if torch.cuda.is_available() else "torch AdamW"
     yield f"optimizer: release_adamw (multi-tensor operations); `fused_adam` gives {fused}"
 

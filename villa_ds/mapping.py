@@ -6,6 +6,7 @@ Everything that does not fit is a `ConfigError` with the dotted key. A dataclass
 
 import dataclasses
 import math
+import re
 import sys
 import types
 import typing
@@ -18,7 +19,23 @@ import yaml
 from villa_ds.errors import ConfigError
 
 T = TypeVar("T")
+_BOOLEAN = "tag:yaml.org,2002:bool"
 _MOST_NODES = 100_000  # of a recipe; anchors within anchors grow without bound
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values, and of booleans only true and false, as YAML 1.2 has it: in 1.1 `off` and `no` are no words."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOLEAN, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
 
 
 def require(condition: bool, key: str, value: object, mend: str) -> None:
@@ -73,11 +90,11 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text, byte {error.start} is {error.object[error.start]:#04x}") from None
     try:
-        root = yaml.compose(text, yaml.SafeLoader)
+        root = yaml.compose(text, _Loader)
         if root is not None and _spelt_out(root, {}) > _MOST_NODES:
             raise ConfigError(f"{path}: its anchors stand for more than {_MOST_NODES} values; write them out")
         _refuse_repeated_keys(root, "")
-        mapping = to_mapping(yaml.safe_load(text))  # a copy without YAML's sharing: an override reaches one place only
+        mapping = to_mapping(_load(text))  # a copy without YAML's sharing: an override reaches one place only
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date that does not exist
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(mapping, dict):
@@ -163,7 +180,7 @@ def apply_override(mapping: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict | list):
             raise ConfigError(f"{key}: {parent} is {node!r}, not a group of keys")
     try:
-        value = yaml.safe_load(text)
+        value = _load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"{key}: {text!r} is not YAML") from None
     node[_position(node, last, key) if isinstance(node, list) else last] = value

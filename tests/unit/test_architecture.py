@@ -92,6 +92,7 @@ ORDER = (
     "models.layers",
     "models.*",
     "models.weights",
+    "kernels",
     "models.__init__",  # imports the backbones, which register themselves
     "objectives.base",
     "objectives.reductions",

@@ -9,7 +9,7 @@ import yaml
 
 from villa_ds.config import AdversaryConfig, ModalityConfig, OptimizerConfig, Recipe, TaskConfig, dump, load_recipe
 from villa_ds.errors import ConfigError
-from villa_ds.mapping import from_mapping, to_mapping
+from villa_ds.mapping import from_mapping, read_yaml, to_mapping
 
 MINIMAL: dict[str, Any] = {
     "name": "small",
@@ -65,6 +65,14 @@ def test_overrides_reach_lists_nothing_and_new_groups(recipe_file: Path) -> None
     assert recipe.model.fused_layer_norm is False
     assert recipe.engine.device is None
     assert recipe.data.sets == {"demo": "shards/demo", "other": "a=b"}
+
+
+def test_words_that_were_booleans_in_older_yaml_are_words(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("verify: off\nremote: on\nno: yes\nflag: true\nother: False\n")
+    assert read_yaml(path, ["more=off", "less=false"]) == {
+        "verify": "off", "remote": "on", "no": "yes", "flag": True, "other": False, "more": "off", "less": False,
+    }  # fmt: skip
 
 
 def test_an_override_reaches_one_place_where_yaml_shares(tmp_path: Path) -> None:

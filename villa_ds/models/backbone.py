@@ -39,6 +39,10 @@ class Backbone(nn.Module, abc.ABC):
         """Word embeddings [B, T, H] and region features [B, R, D], in float32 or wider."""
 
     @abc.abstractmethod
+    def compile_layers(self) -> None:
+        """Have torch.compile run the layers from now on, or warn and leave them as they are where it cannot."""
+
+    @abc.abstractmethod
     def encode(self, embeddings: Embeddings, batch: Batch) -> Encoded:
         """Final states of the slots that `batch.reads` asks for."""
 

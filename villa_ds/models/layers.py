@@ -8,6 +8,7 @@ Shape legend: B rows, J joint length, Q queried positions (J when all are), H hi
 """
 
 import importlib
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -19,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from villa_ds.models.presets import BackboneSizes
 from villa_ds.models.products import linear
+
+_logger = logging.getLogger("villa_ds.models")
 
 LAYER_NORM_EPS = 1e-12  # the reference's, in every LayerNorm
 
@@ -189,6 +192,12 @@ class Layer(nn.Module):
         return output
 
 
+def run_layer(layer: nn.Module, hidden: Tensor, key_mask: Tensor, query_positions: Tensor | None) -> Tensor:
+    """`layer(...)`: a function, so that what torch compiles of it serves every layer."""
+    output: Tensor = layer(hidden, key_mask, query_positions)
+    return output
+
+
 class Encoder(nn.Module):
     """A stack of layers, the last of which computes only what is read."""
 
@@ -196,6 +205,29 @@ class Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(Layer(sizes) for _ in range(sizes.num_hidden_layers))
         self.activation_checkpointing = sizes.activation_checkpointing
+        self.width = sizes.hidden_size
+        self._run = run_layer
+
+    def compile_layers(self) -> None:
+        """Compile the layers, for all lengths at once; where that fails, warn and leave them as they are.
+
+        A pass on made-up states finds out: the code that it compiles is what training runs.
+        """
+        import torch._functorch.config  # noqa: PLC0415 (seconds, which only those who compile need wait for)
+
+        torch._functorch.config.donated_buffer = False  # a graph may be differentiated twice (retain_graph)
+        compiled = torch.compile(run_layer, dynamic=True)
+        weight = next(self.parameters())
+        states = weight.new_zeros(2, 3, self.width, requires_grad=True)
+        mask = torch.ones(2, 1, 1, 3, dtype=torch.bool, device=weight.device)
+        try:
+            torch.autograd.backward(compiled(self.layer[0], states, mask, None).sum())
+        except Exception as error:  # noqa: BLE001 (torch names no common class for what may go wrong in a compiler)
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            _logger.warning("torch.compile does not work here, layers run as they are: %s", reason)
+        else:
+            self._run = compiled
+        self.zero_grad(set_to_none=True)
 
     def forward(self, hidden: Tensor, key_mask: Tensor, query_positions: Tensor | None) -> Tensor:
         """[B, J, H] to [B, Q, H]; arguments as for `Layer`."""
@@ -204,9 +236,9 @@ class Encoder(nn.Module):
         for index, layer in enumerate(self.layer):
             positions = query_positions if index == last else None
             if recompute:
-                hidden = checkpoint(layer, hidden, key_mask, positions, use_reentrant=False)
+                hidden = checkpoint(self._run, layer, hidden, key_mask, positions, use_reentrant=False)
             else:
-                hidden = layer(hidden, key_mask, positions)
+                hidden = self._run(layer, hidden, key_mask, positions)
         return hidden
 
 

@@ -148,6 +148,10 @@ class UniterBackbone(Backbone):
             features = self.img_embeddings.mask(features, batch.region_mask)
         return Embeddings(self.embeddings.word_embeddings(batch.input_ids).to(wide), features)
 
+    def compile_layers(self) -> None:
+        """The encoder's; embeddings and heads stay as they are."""
+        self.encoder.compile_layers()
+
     def encode(self, embeddings: Embeddings, batch: Batch) -> Encoded:
         """Final states of the slots that `batch.reads` asks for; the last layer computes no others."""
         layout = joint_layout(batch)

@@ -125,6 +125,11 @@ class DeepSpeedEngine:
         self._scales_loss = config.precision == "float16"
         if self._scales_loss and self._stage == 0:
             raise ConfigError("engine.precision: float16 needs ZeRO stage 1, 2 or 3: change engine.ds_config")
+        if config.compile and self._stage == 3:
+            raise ConfigError(
+                "engine.compile: layers cannot be compiled at ZeRO stage 3, which puts their weights in place around "
+                "each call: use engine.compile=false or another engine.ds_config"
+            )
         self.keeps_clean_graph = self._stage < 3
         # Stages 0 and 1 reduce at the boundary anyhow; 2 would do so after every pass of the adversary.
         wanted = {"auto": self._stage == 2}.get(config.gradient_reduction, config.gradient_reduction == "once")
@@ -142,6 +147,8 @@ class DeepSpeedEngine:
             "steps_per_print": None,
         }
         self.module = module.to(self.device)
+        if config.compile:
+            module.backbone.compile_layers()
         self._optimizer = build_optimizer(optimizer, groups_of(module, optimizer))
         self._updates = 0
         self._timeout = timedelta(seconds=timeout_s) if timeout_s else torch.distributed.default_pg_timeout

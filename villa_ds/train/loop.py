@@ -14,6 +14,7 @@ from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import StepBatches
 from villa_ds.data.quarantine import Quarantine
 from villa_ds.errors import NonFiniteError, PreemptedError, RolledBackError
+from villa_ds.kernels import kernels_of
 from villa_ds.train.adversary import Adversary
 from villa_ds.train.checkpoint import CheckpointStore, read_state
 from villa_ds.train.engine import build_engine, is_first_rank
@@ -254,6 +255,8 @@ def announce(recipe: Recipe, engine: Engine, plan: BatchPlan, step: int, lines: 
     """The first lines of a run: what is trained, on what, in which batches."""
     name = recipe.engine.name
     log.info("%s: %.2f million parameters on %s, engine %s", recipe.name, engine.parameters / 1e6, engine.device, name)
+    kernels = kernels_of(engine.device, recipe.model, recipe.engine)
+    log.info("kernels: %s", "; ".join(f"{operation} {kernel}" for operation, kernel in kernels.items()))
     log.info("%s", plan.describe(recipe.data.tokens))
     for line in lines:
         log.info("%s", line)

@@ -45,6 +45,7 @@ FREE_KEYS = (
     "log",
     "log_sample_ids",
     "model.fused_layer_norm",
+    "model.onednn",
     "model.activation_checkpointing",
 )
 

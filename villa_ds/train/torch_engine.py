@@ -105,6 +105,8 @@ class TorchEngine:
             raise ConfigError("engine.precision: float16 needs loss scaling: use engine.name=deepspeed, or bfloat16")
         self.device, self.parameters = device_of(config), count_parameters(module)
         self.module = module.to(self.device, DTYPES[config.precision]).train()
+        if config.compile:
+            module.backbone.compile_layers()
         self._clip_norm = optimizer.clip_norm
         self._optimizer = build_optimizer(optimizer, groups_of(module, optimizer))
         self.passes = self.calls = 0
