@@ -26,8 +26,9 @@ from villa_ds.data.store import LocalStore
 from villa_ds.errors import CheckpointError, ConfigError, DataError
 from villa_ds.mapping import from_mapping
 from villa_ds.objectives.base import Objective, build_objective
-from villa_ds.train.checkpoint import read_state, resolve_checkpoint
+from villa_ds.train.checkpoint import resolve_checkpoint
 from villa_ds.train.ensemble import Ensemble, load_ensemble
+from villa_ds.train.state import read_run_state
 
 _PICTURES, _TEXTS, _SHARDS = "pictures", "texts.jsonl", "shards"  # in the folder of what is made on the way
 
@@ -46,7 +47,7 @@ class Predictor:
         self, runs: Sequence[Path], extractor: RegionExtractor, objective: str | None = None, device: str | None = None
     ) -> None:
         folders = [resolve_checkpoint(run) for run in runs]
-        states = [read_state(folder) for folder in folders]
+        states = [read_run_state(folder) for folder in folders]
         for run, state in zip(runs, states, strict=True):
             if "inputs" not in state:
                 raise CheckpointError(

@@ -111,6 +111,7 @@ ORDER = (
     "train.torch_engine",
     "train.engine",
     "train.checkpoint",
+    "train.state",
     "train.metrics",
     "train.step",
     "train.evaluate",

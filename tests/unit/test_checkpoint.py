@@ -191,12 +191,49 @@ def manifest_of(content: object) -> Callable[[Path], None]:
     return change
 
 
+LISTED = {"bytes": 1, "sha256": "0" * 64}
+
+
 def flip_manifest(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_text(path.read_text().replace('"bytes"', '"bytfs"', 1))
 
 
+def nest_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[" * 100_000)
+
+
+def swell_manifest(folder: Path) -> None:
+    os.truncate(folder / "manifest.json", 1 << 40)  # sparse: reading it would take a terabyte
+
+
+def copy_of_another_step(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("step-00000010"), folder)
+
+
+def foreign_tensors(folder: Path) -> None:
+    (folder / "rank-00001").mkdir()
+    (folder / "rank-00001" / "state-00001-of-00002.safetensors").write_bytes(b"of another run")
+
+
 DAMAGE = {
+    "manifest of a step without bounds": (manifest_of({"step": 1e999}), "manifest.json cannot be read"),
+    "manifest nested without bounds": (nest_manifest, "manifest.json cannot be read"),
+    "manifest larger than memory": (swell_manifest, "manifest.json cannot be read (too large)"),
+    "the manifest names a file elsewhere": (
+        manifest_of({"step": 20, "files": {"run.json": LISTED, "../step-00000010/run.json": LISTED}}),
+        "manifest.json lists '../step-00000010/run.json', which is no file of a checkpoint",
+    ),
+    "the manifest names a file by its whole path": (
+        manifest_of({"step": 20, "files": {"run.json": LISTED, "/etc/passwd": LISTED}}),
+        "manifest.json lists '/etc/passwd', which is no file of a checkpoint",
+    ),
+    "a copy of another step": (copy_of_another_step, "manifest.json is of step 10"),
+    "with tensors of another run": (
+        foreign_tensors,
+        "rank-00001/state-00001-of-00002.safetensors is not listed in manifest.json",
+    ),
     "truncated": (truncate, "rank-00000/weights.bin has 99 bytes instead of 100"),
     "bit-flipped": (flip, "rank-00000/weights.bin does not have the recorded sha256"),
     "run state changed": (flip_state, "run.json does not have the recorded sha256"),
@@ -206,8 +243,11 @@ DAMAGE = {
     "no manifest": (lose_manifest, "manifest.json cannot be read"),
     "manifest is a list": (manifest_of([]), "manifest.json cannot be read"),
     "manifest without files": (manifest_of({"step": 20}), "manifest.json cannot be read"),
-    "manifest lists nothing": (manifest_of({"files": {}}), "manifest.json does not list run.json"),
-    "manifest entry without values": (manifest_of({"files": {"run.json": {}}}), "manifest.json cannot be read"),
+    "manifest lists nothing": (manifest_of({"step": 20, "files": {}}), "manifest.json does not list run.json"),
+    "manifest entry without values": (
+        manifest_of({"step": 20, "files": {"run.json": {}}}),
+        "manifest.json cannot be read",
+    ),
     "manifest bit-flipped": (flip_manifest, "manifest.json cannot be read"),
 }
 
@@ -333,6 +373,23 @@ def test_resolve_accepts_a_run_its_checkpoints_folder_and_a_checkpoint(two: Chec
         assert is_checkpoint(path)
     older = two.directory / "step-00000010"
     assert resolve_checkpoint(older) == older
+
+
+def test_the_newest_is_that_of_the_largest_step_whatever_else_is_there(two: CheckpointStore) -> None:
+    for name in ("step-best", "step-00000030.bak", "step-7"):
+        shutil.copytree(two.directory / "step-00000010", two.directory / name)
+    save(two, 100_000_000)
+    assert two.newest_good() == two.directory / "step-100000000"
+    save(two, 100_000_001)  # retention leaves alone what is not ours
+    assert {"step-best", "step-00000030.bak", "step-7"} <= {path.name for path in two.directory.iterdir()}
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"step": "20"}', '{"step": true}', '{"step": -1}', "[" * 100_000])
+def test_a_run_state_that_is_none_is_refused(two: CheckpointStore, content: str) -> None:
+    folder = two.directory / "step-00000020"
+    (folder / "run.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"run\.json: not written by villa_ds; use an earlier checkpoint$"):
+        read_state(folder)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "."])

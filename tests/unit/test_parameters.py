@@ -1,9 +1,13 @@
 """The state of training by parameter: written in shares, read whole, refused where it does not fit."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -41,7 +45,7 @@ def test_each_rank_writes_about_an_equal_number_of_parameters(tmp_path: Path) ->
         folder = tmp_path / str(rank)
         folder.mkdir()
         snapshot_parameters(module, value_of, updates=0, rank=rank, world=2)(folder)
-    shares = [set(ParameterFiles(tmp_path / str(rank)).names) for rank in range(2)]
+    shares = [names_in(tmp_path / str(rank) / f"state-{rank:05d}-of-00002.safetensors") for rank in range(2)]
     assert shares[0] & shares[1] == set()
     assert shares[0] | shares[1] == dict(module.named_parameters()).keys()
     assert abs(len(shares[0]) - len(shares[1])) <= 1
@@ -107,9 +111,82 @@ def test_another_model_is_refused(tmp_path: Path, change: dict[str, tuple[int, .
     assert str(caught.value) == message
 
 
-def test_a_missing_share_is_refused(tmp_path: Path) -> None:
-    """The manifest names a missing file first; this is the second line."""
-    module = nn.Linear(3, 2)
-    snapshot_parameters(module, value_of, updates=0, rank=1, world=2)(tmp_path)
-    with pytest.raises(CheckpointError, match="parameter weight is not in the checkpoint"):
-        ParameterFiles(tmp_path).require_fit([("weight", (2, 3)), ("bias", (2,))])
+FIRST, SECOND = "state-00000-of-00002.safetensors", "state-00001-of-00002.safetensors"
+
+
+def names_in(path: Path) -> set[str]:
+    with safe_open(path, framework="pt") as file:
+        return {key.partition("/")[2] for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> None:
+    """Change the tensors or the metadata of a file."""
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    change(tensors, metadata)
+    save_file(tensors, path, metadata=metadata)
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a rank's file is missing": (
+        lambda folder: (folder / FIRST).unlink(), "the files of the ranks do not belong together or are not all there"
+    ),
+    "files of two worlds": (
+        lambda folder: shutil.copy(folder / FIRST, folder / "state-00002-of-00003.safetensors"),
+        "do not belong together",
+    ),
+    "a file that is no number": (
+        lambda folder: (folder / FIRST).rename(folder / "state-x-of-00002.safetensors"), "do not belong together"
+    ),
+    "the same file twice": (
+        lambda folder: shutil.copy(folder / FIRST, folder / SECOND), "weight twice; use an earlier checkpoint"
+    ),
+    "of another number of updates": (
+        lambda folder: rewrite(folder / SECOND, lambda _, metadata: metadata.update(updates="8")),
+        f"{SECOND}: of another checkpoint than ",
+    ),
+    "torn": (lambda folder: (folder / SECOND).write_bytes(b"\xff" * 100), f"{SECOND}: cannot be read: "),
+    "a moment is missing": (
+        lambda folder: rewrite(folder / FIRST, lambda tensors, _: tensors.__delitem__("exp_avg/weight")),
+        "is no weight with its moments",
+    ),
+    "a moment of another shape": (
+        lambda folder: rewrite(folder / FIRST, lambda tensors, _: tensors.update({"exp_avg/weight": torch.ones(3)})),
+        "exp_avg/weight is no weight with its moments",
+    ),
+    "whole numbers": (
+        lambda folder: rewrite(
+            folder / FIRST, lambda tensors, _: tensors.update({"weight/weight": torch.ones(2, 3).int()})
+        ),
+        "weight/weight is no weight",
+    ),
+    "of no kind that is known": (
+        lambda folder: rewrite(folder / FIRST, lambda tensors, _: tensors.update({"x" * 500: torch.ones(1)})),
+        "'" + "x" * 77 + "'... is no weight",
+    ),
+    **{
+        f"metadata {key} {value!r}": (
+            lambda folder, key=key, value=value: [  # type: ignore[misc]
+                rewrite(folder / name, lambda _, metadata: metadata.update({key: value})) for name in (FIRST, SECOND)
+            ],
+            f"{FIRST}: its metadata is not that of a checkpoint",
+        )
+        for key, value in (
+            ("updates", "many"), ("updates", "-1"), ("tied", "["), ("tied", "[]"), ("tied", '{"more": "no such name"}'),
+            ("tied", '{"weight": "bias"}'), ("tied", "[" * 100_000),
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path, kind: str) -> None:
+    """Their checksums are looked at first; this is the second line."""
+    for rank in range(2):
+        snapshot_parameters(nn.Linear(3, 2), value_of, updates=7, rank=rank, world=2)(tmp_path)
+    assert ParameterFiles(tmp_path).updates == 7
+    spoil, message = SPOILT[kind]
+    spoil(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        ParameterFiles(tmp_path)
+    assert message in str(caught.value)

@@ -12,10 +12,11 @@ from villa_ds.data.manifest import Manifest, Vocabulary
 from villa_ds.errors import CheckpointError, ConfigError
 from villa_ds.mapping import from_mapping
 from villa_ds.objectives.base import build_objective
-from villa_ds.train.checkpoint import read_state, resolve_checkpoint
+from villa_ds.train.checkpoint import resolve_checkpoint
 from villa_ds.train.metrics import METRICS_NAME
 from villa_ds.train.module import TrainModule, build_module
 from villa_ds.train.parameters import load_weights
+from villa_ds.train.state import read_run_state
 from villa_ds.train.torch_engine import device_of
 
 
@@ -101,7 +102,7 @@ def open_run(named: str) -> TrainedRun:
     elif not label or not place:
         raise ConfigError(f"RUN {named!r}: give PATH or LABEL=PATH")
     folder = resolve_checkpoint(Path(place))
-    state = read_state(folder)
+    state = read_run_state(folder)
     if "inputs" not in state:
         raise CheckpointError(f"{folder}: saved by an earlier version, it does not tell its vocabulary; train it anew")
     return TrainedRun(label or folder.parent.parent.name, folder, state, from_mapping(Recipe, state["recipe"], ""))

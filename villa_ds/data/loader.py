@@ -137,7 +137,16 @@ class Loader:
                 f"the saved position is of the data sets {sorted(position['sets'])}, but the tasks use "
                 f"{sorted(self._plans)}; restore the recipe's tasks, or start a new run"
             )
-        return _State(position["step"], {name: Position(*position["sets"][name]) for name in self._plans})
+        step, positions = position["step"], {}
+        for name, plan in self._plans.items():
+            place = position["sets"][name]
+            # Within the epoch, whose length the plan knows: a place beyond it would be no micro-batch at all.
+            if len(place) != 2 or not 0 <= place[0] <= step * self._batch_plan.lanes:
+                raise CheckpointError(f"the saved position {place} of the data set {name} cannot be; start a new run")
+            positions[name] = Position(*place)
+            if not 0 <= place[1] < plan.epoch(place[0]).micro_batches:
+                raise CheckpointError(f"the saved position {place} of the data set {name} is in no epoch of it")
+        return _State(step, positions)
 
     def _plan_step(self, state: _State) -> _PlannedStep:
         task = draw_task(self._seed, state.step + 1, [weight for _, _, weight in self._tasks])

@@ -9,9 +9,10 @@ the one before it is used.
 import json
 import logging
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +20,14 @@ from typing import Any, Protocol
 from villa_ds.config import CheckpointsConfig
 from villa_ds.errors import CheckpointError
 from villa_ds.files import sha256_of, sync
+from villa_ds.train.parameters import PATTERN
 
 Entry = dict[str, int | str]  # of a file in the manifest: bytes, sha256
 
 FOLDER, LATEST, MANIFEST, RUN_STATE = "checkpoints", "latest", "manifest.json", "run.json"
+_STEP = re.compile(r"step-(\d{8,})")
+_LISTED = re.compile(r"run\.json|rank-\d{5,}/[A-Za-z0-9_][A-Za-z0-9_.-]*")  # never out of the folder
+_LARGEST_MANIFEST = 1 << 26  # bytes; 100 for each file of each rank
 log = logging.getLogger("villa_ds")
 
 
@@ -136,7 +141,7 @@ class CheckpointStore:
         found = self._ranks.gather(found)[0]
         if found is None:
             return None
-        self.committed = int(found.removeprefix("step-"))
+        self.committed = _step_of(self.directory / found)
         return self.directory / found
 
     def _point_to(self, name: str) -> None:
@@ -149,14 +154,14 @@ class CheckpointStore:
     def _retain(self, saved: str) -> None:
         # A newer one is damaged, or the run would have gone on from it: it must not count as one of those kept.
         folders = _candidates(self.directory)
-        newer = [folder for folder in folders if folder.name > saved]
+        newer = [folder for folder in folders if _step_of(folder) > _step_of(Path(saved))]
         for folder in (*newer, *folders[len(newer) + self._config.keep_last :]):
             if folder in newer or not self._kept_for_good(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _kept_for_good(self, folder: Path) -> bool:
         every = self._config.keep_every
-        return every > 0 and int(folder.name.removeprefix("step-")) % every == 0
+        return every > 0 and _step_of(folder) % every == 0
 
 
 class _Pending:
@@ -206,9 +211,14 @@ def newest_good_in(directory: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The run state of a verified checkpoint."""
-    state: dict[str, Any] = json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
-    return state
+    """The run state of a verified checkpoint: JSON. CheckpointError if it does not say how many steps are done."""
+    try:
+        state = json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
+        if type(state["step"]) is int and state["step"] >= 0:
+            return dict(state)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise CheckpointError(f"{folder / RUN_STATE}: not written by villa_ds; use an earlier checkpoint")
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -232,28 +242,49 @@ def resolve_checkpoint(path: Path) -> Path:
 
 def damage_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None if every byte is as its manifest says."""
+    return next(_problems(folder), None)
+
+
+def _problems(folder: Path) -> Iterator[str]:
+    """What is wrong with a checkpoint folder; what comes after the first may follow from it."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
+        if (folder / MANIFEST).stat().st_size > _LARGEST_MANIFEST:
+            raise ValueError("too large")
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        step = int(content["step"])
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        yield f"{MANIFEST} cannot be read ({error})"
+        return
+    named = _STEP.fullmatch(folder.name)
+    if named is not None and int(named[1]) != step:
+        yield f"{MANIFEST} is of step {step}"
     if RUN_STATE not in files:
-        return f"{MANIFEST} does not list {RUN_STATE}"
+        yield f"{MANIFEST} does not list {RUN_STATE}"
+    for name in files:
+        if not _LISTED.fullmatch(name):
+            yield f"{MANIFEST} lists {name[:80]!r}, which is no file of a checkpoint"
+    for path in folder.rglob(PATTERN):  # all of which reading takes up
+        if str(path.relative_to(folder)) not in files:
+            yield f"{path.relative_to(folder)} is not listed in {MANIFEST}"
     for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _sha256(path) != sha256:
-            return f"{name} does not have the recorded sha256"
-    return None
+            yield f"{name} is missing"
+        elif path.stat().st_size != size:
+            yield f"{name} has {path.stat().st_size} bytes instead of {size}"
+        elif _sha256(path) != sha256:
+            yield f"{name} does not have the recorded sha256"
 
 
 def _candidates(directory: Path) -> list[Path]:
     """Checkpoint folders, newest first, whatever their state."""
-    folders = [path for path in directory.glob("step-*") if path.is_dir() and path.suffix != ".partial"]
-    return sorted(folders, key=lambda path: path.name, reverse=True)
+    folders = [path for path in directory.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _files(folder: Path) -> Iterable[Path]:

@@ -44,6 +44,7 @@ from villa_ds.train.session import (
 )
 from villa_ds.train.signals import StopRequest
 from villa_ds.train.stability import Guard
+from villa_ds.train.state import read_run_state
 from villa_ds.train.step import StepInput, adversarial_step, train_step
 from villa_ds.train.torch_engine import Engine, together
 from villa_ds.train.watch import Pulse, collective_timeout
@@ -171,8 +172,8 @@ class Run:
         if folder is None:
             self.quarantine.restore([])
             return 0, None
-        state = read_state(folder)
-        refuse_silent_changes(folder, state, self.data, self.plan, allow_change)
+        state = read_run_state(folder)
+        refuse_silent_changes(folder, state, self.recipe, self.data, self.plan, allow_change)
         self.engine.load(folder)
         self.guard.restore(state.get("stability", {}))
         self.quarantine.restore(state.get("quarantine", []))

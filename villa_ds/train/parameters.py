@@ -7,12 +7,13 @@ once, under their first name.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -23,7 +24,7 @@ WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of every optimizer that the project offers
 KINDS = (WEIGHT, *MOMENTS)
 PATTERN = "state-*.safetensors"
-
+_NAME = re.compile(r"state-(\d{5,})-of-(\d{5,})\.safetensors")
 
 Writer = Callable[[Path], None]  # writes one rank's files of a checkpoint into a folder
 
@@ -57,18 +58,47 @@ def tied_names(module: Module) -> dict[str, str]:
 
 
 class ParameterFiles:
-    """Reads what `snapshot_parameters` wrote, tensor by tensor, whatever the number of ranks was."""
+    """Reads what `snapshot_parameters` wrote, tensor by tensor, whatever the number of ranks was.
+
+    CheckpointError unless the folder holds the files of all ranks of one snapshot, each tensor once and of every kind.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._files: list[Any] = [safe_open(path, framework="pt") for path in sorted(folder.rglob(PATTERN))]
-        if not self._files:
+        paths = sorted(folder.rglob(PATTERN))
+        if not paths:
             raise CheckpointError(f"{folder}: holds no {PATTERN}")
-        self._owner = {key: file for file in self._files for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        _require_all_ranks(folder, paths)
+        self._owner: dict[str, Any] = {}
+        metadata: dict[str, str] | None = None
+        for path in paths:
+            try:
+                file: Any = safe_open(path, framework="pt")
+                told = file.metadata()
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: cannot be read: {error}; use an earlier checkpoint") from None
+            if metadata is not None and told != metadata:
+                raise CheckpointError(f"{path}: of another checkpoint than {paths[0]}; use an earlier checkpoint")
+            metadata = told
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                if key in self._owner:
+                    raise CheckpointError(f"{folder}: holds {_shown(key)} twice; use an earlier checkpoint")
+                self._owner[key] = file
+        self._require_kinds(folder)
+        self.updates, self._tied = _parse_metadata(paths[0], metadata or {}, set(self.names))
 
-    @property
-    def updates(self) -> int:
-        """Optimizer updates done."""
-        return int(self._files[0].metadata()["updates"])
+    def _require_kinds(self, folder: Path) -> None:
+        for key, file in self._owner.items():
+            kind, _, name = key.partition("/")
+            described = file.get_slice(key)
+            fit = kind in KINDS and all(f"{each}/{name}" in self._owner for each in KINDS)
+            if fit and kind != WEIGHT:
+                weight = f"{WEIGHT}/{name}"
+                fit = described.get_shape() == self._owner[weight].get_slice(weight).get_shape()
+            if not fit or not described.get_dtype().startswith(("F", "BF")):
+                raise CheckpointError(
+                    f"{folder}: {_shown(key)} is no weight with its moments; the files were not written by villa_ds: "
+                    "use an earlier checkpoint"
+                )
 
     @property
     def names(self) -> list[str]:
@@ -83,8 +113,7 @@ class ParameterFiles:
     def state_dict(self) -> dict[str, Tensor]:
         """All weights by name, tied ones under every name."""
         weights = {name: self.get(WEIGHT, name) for name in self.names}
-        tied: dict[str, str] = json.loads(self._files[0].metadata()["tied"])
-        return weights | {name: weights[first] for name, first in tied.items()}
+        return weights | {name: weights[first] for name, first in self._tied.items()}
 
     def require_fit(self, parameters: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         """Raise unless names and shapes are those of the model at hand."""
@@ -92,12 +121,39 @@ class ParameterFiles:
         for name in sorted({*expected, *self.names}):
             if name not in expected or f"{WEIGHT}/{name}" not in self._owner:
                 where = "the checkpoint" if name in expected else "this model"
-                raise CheckpointError(f"parameter {name} is not in {where}: the checkpoint is of another model")
+                raise CheckpointError(f"parameter {_shown(name)} is not in {where}: the checkpoint is of another model")
             shape = tuple(self._owner[f"{WEIGHT}/{name}"].get_slice(f"{WEIGHT}/{name}").get_shape())
             if shape != tuple(expected[name]):
                 raise CheckpointError(
                     f"parameter {name} is {list(shape)} in the checkpoint and {list(expected[name])} in this model"
                 )
+
+
+def _require_all_ranks(folder: Path, paths: Iterable[Path]) -> None:
+    named = [_NAME.fullmatch(path.name) for path in paths]
+    found = sorted((int(name[1]), int(name[2])) for name in named if name is not None)
+    if len(found) < len(named) or found != [(rank, len(named)) for rank in range(len(named))]:
+        names = ", ".join(sorted(path.name for path in paths)[:4])
+        raise CheckpointError(
+            f"{folder}: the files of the ranks do not belong together or are not all there ({names}); copy the whole "
+            "checkpoint again, or use an earlier one"
+        )
+
+
+def _parse_metadata(path: Path, metadata: dict[str, str], names: set[str]) -> tuple[int, dict[str, str]]:
+    """(number of updates, further name of a tied parameter -> its first name)."""
+    try:
+        updates, tied = int(metadata["updates"]), json.loads(metadata["tied"])
+        if updates >= 0 and isinstance(tied, dict) and not names & tied.keys() and set(tied.values()) <= names:
+            return updates, tied
+    except (KeyError, TypeError, ValueError, RecursionError):
+        pass
+    raise CheckpointError(f"{path}: its metadata is not that of a checkpoint of villa_ds; use an earlier checkpoint")
+
+
+def _shown(name: str) -> str:
+    """A name for a message: what a damaged file calls a tensor has no bound."""
+    return name if len(name) <= 80 and name.isprintable() else f"{name[:77]!r}..."
 
 
 def load_weights(module: Module, folder: Path) -> ParameterFiles:

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from villa_ds.train.metrics import METRICS_NAME
 
 RECIPE_NAME, LOG_NAME, RESULTS_NAME, LOCK_NAME = "config.yaml", "log.txt", "results.json", "lock"
 EVALUATION = "evaluation"  # a folder for what `villa-ds evaluate` writes
+_SHOWN, _SHOWN_LENGTH = 6, 600  # differences that a refusal names, and characters of each
 
 # Dotted keys that may differ when a run goes on: where and how it runs, not what it computes.
 FREE_KEYS = (
@@ -100,19 +101,30 @@ def refuse_changes(directory: Path, recipe: Recipe, allow_change: Iterable[str])
         raise CheckpointError(f"{path}: not a recipe of ours; give another `output`")
     if _is_empty(directory):
         return
+    changes = recipe_changes(earlier, recipe, allow_change)
+    if changes:
+        raise CheckpointError(
+            f"{directory} holds the run of another recipe ({listed(changes)}): "
+            "give another `output`, or name what may change with --allow-change KEY"
+        )
+
+
+def recipe_changes(earlier: Mapping[str, Any], recipe: Recipe, allow_change: Iterable[str]) -> list[str]:
+    """What a resolved recipe says otherwise than `earlier` that changes what is computed and may not change."""
     with contextlib.suppress(ConfigError):  # of another version: keys that it did not know have their defaults
         earlier = to_mapping(from_mapping(Recipe, earlier, ""))
     allowed = (*FREE_KEYS, *allow_change)
-    changes = [
+    return [
         f"{key}: {old!r} -> {new!r}"
         for key, old, new in differences(earlier, to_mapping(recipe))
         if not any(key == free or key.startswith(f"{free}.") for free in allowed)
     ]
-    if changes:
-        raise CheckpointError(
-            f"{directory} holds the run of another recipe ({'; '.join(changes)}): "
-            "give another `output`, or name what may change with --allow-change KEY"
-        )
+
+
+def listed(changes: Sequence[str]) -> str:
+    """Changes on one line; what is not ours may differ in everything."""
+    shown = [change if len(change) <= _SHOWN_LENGTH else f"{change[:_SHOWN_LENGTH]}..." for change in changes[:_SHOWN]]
+    return "; ".join(shown) + (f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else "")
 
 
 def _is_empty(directory: Path) -> bool:

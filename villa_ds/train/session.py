@@ -22,10 +22,11 @@ from villa_ds.mapping import to_mapping
 from villa_ds.models.weights import initialize_from, load_reference, to_reference
 from villa_ds.objectives.base import Objective, build_objective
 from villa_ds.rng import seed_of
-from villa_ds.train.checkpoint import is_checkpoint, read_state, resolve_checkpoint
+from villa_ds.train.checkpoint import is_checkpoint, resolve_checkpoint
 from villa_ds.train.module import TrainModule, build_module
 from villa_ds.train.parameters import ParameterFiles
-from villa_ds.train.rundir import differences
+from villa_ds.train.rundir import differences, listed, recipe_changes
+from villa_ds.train.state import read_run_state
 from villa_ds.train.torch_engine import DTYPES, Engine
 
 TYPICAL_TOKENS = 16  # of a caption
@@ -137,7 +138,7 @@ def load_initial_weights(module: TrainModule, path: Path, data: RunData, *, mix_
     if is_checkpoint(path):
         folder = resolve_checkpoint(path)
         if not mix_extractors:
-            _refuse_other_regions(path, read_state(folder), data)
+            _refuse_other_regions(path, read_run_state(folder), data)
         load_reference(module, to_reference(ParameterFiles(folder).state_dict()), adaptations)
     else:
         initialize_from(module, path, data.reference.vocabulary, adaptations)
@@ -233,9 +234,18 @@ def run_state(recipe: Recipe, data: RunData, plan: BatchPlan, step: int, positio
 
 
 def refuse_silent_changes(
-    folder: Path, state: Mapping[str, Any], data: RunData, plan: BatchPlan, allow_change: Iterable[str]
+    folder: Path,
+    state: Mapping[str, Any],
+    recipe: Recipe,
+    data: RunData,
+    plan: BatchPlan,
+    allow_change: Iterable[str],
 ) -> None:
-    """Raise if going on from the checkpoint `folder` would change the run: other data, other batch arithmetic."""
+    """Raise if going on from the checkpoint `folder` would change the run: other recipe, data or batch arithmetic.
+
+    The run directory's recipe is checked before; the checkpoint may have been copied from another run.
+    """
+    allow_change = tuple(allow_change)
     allowed = {"batch_plan.world", *allow_change}
     if {"data", "data.lanes"} & allowed:  # the same thing by the name that the user knows
         allowed.add("batch_plan.lanes")
@@ -247,8 +257,9 @@ def refuse_silent_changes(
         for key, old, new in differences(state[part], values)
         if not {part, f"{part}.{key}"} & allowed
     ]
+    changes += [f"recipe.{change}" for change in recipe_changes(state["recipe"], recipe, allow_change)]
     if changes:
         raise CheckpointError(
-            f"{folder}: going on would silently change the run ({'; '.join(changes)}): "
+            f"{folder}: going on would silently change the run ({listed(changes)}): "
             "restore what was, or name what may change with --allow-change KEY"
         )
