@@ -1,4 +1,4 @@
-"""Ways to spoil a shard set, a recipe or a run's journals: random, but the same for the same generator."""
+"""Ways to spoil shard sets, recipes, checkpoints, weights and journals: random, but the same for the same generator."""
 
 import contextlib
 import copy
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from villa_ds.data.manifest import INDEX_DTYPES, fingerprint_of
+from villa_ds.data.manifest import FURTHER_DTYPES, INDEX_DTYPES, fingerprint_of
 
 Files = dict[str, bytes]  # name -> content of a folder
 BLOCK = 512
@@ -317,7 +317,9 @@ def spoil_tar(files: Files, rng: random.Random) -> None:
 
 
 def spoil_index(files: Files, rng: random.Random) -> None:
-    name = f"{rng.choice(sorted(INDEX_DTYPES))}.npy"
+    known = [name for name in (*INDEX_DTYPES, *FURTHER_DTYPES) if f"{name}.npy" in files]
+    further = [name for name in known if name in FURTHER_DTYPES]
+    name = f"{rng.choice(further if further and rng.random() < 0.5 else known)}.npy"
     spoil = rng.choice((any_bytes, spoil_npy, spoil_values, spoil_values))
     try:
         files[name] = spoil(files[name], rng)
@@ -455,6 +457,163 @@ def spoil_lines(data: bytes, rng: random.Random) -> bytes:
     return b"".join(lines)
 
 
+# Tensors
+
+
+def spoil_tensors(data: bytes, rng: random.Random) -> bytes:
+    """A .safetensors file with its header or its bytes changed."""
+    size = int.from_bytes(data[:8], "little")
+    header, body = data[8 : 8 + size], data[8 + size :]
+    kind = rng.randrange(8)
+    if kind < 3 or size > len(data):
+        return any_bytes(data, rng)
+    if kind == 3:  # of another length than it says
+        said = rng.choice((0, 1, size - 1, size + 1, 2**31, 2**63, 2**64 - 1, 100_000_001))
+        return said.to_bytes(8, "little") + header + body
+    if kind == 4:
+        content = json.loads(header)
+        name = rng.choice(sorted(content))
+        described = content[name]
+        if name == "__metadata__":
+            content[name] = edit(described, rng)
+        else:
+            field, values = rng.choice((
+                ("dtype", ("F16", "BF16", "F64", "I64", "I8", "U8", "BOOL", "F8_E4M3", "C64", "F4", "X", None)),
+                ("shape", ([], [0], [-1], [2**62, 4], [1, *described["shape"]], described["shape"][::-1], [1.5], "x")),
+                ("data_offsets", ([0, 0], [0, 2**63], [8, 4], [0, len(body)], [-4, 0], [1], None)),
+            ))  # fmt: skip
+            described[field] = rng.choice(values)
+        text = json.dumps(content).encode()
+    elif kind == 5:  # names that are given twice, or are none of the model's
+        content = json.loads(header)
+        name = rng.choice(sorted(content))
+        content[rng.choice((*(text for text in NASTY_TEXTS if text.isprintable()), *content))] = content.pop(name)
+        text = json.dumps(content).encode()
+    else:
+        text = as_json(edit(json.loads(header), rng), rng)
+    return len(text).to_bytes(8, "little") + text + body
+
+
+# Checkpoints
+
+ELSEWHERE = (
+    "../../evil",
+    "/etc/passwd",
+    "rank-00000/../run.json",
+    "..",
+    "",
+    "rank-00000",
+    "manifest.json",
+    "/dev/zero",
+)
+
+
+def spoil_checkpoint(files: Files, others: Sequence[Files], rng: random.Random) -> None:
+    """Something wrong with the checkpoints of a run: `files` by their path in its folder, `others` of other runs."""
+    folder = rng.choice(sorted({name.partition("/")[0] for name in files if "/" in name}))
+    inside = sorted(name for name in files if name.startswith(f"{folder}/"))
+    name, kind = rng.choice(inside), rng.randrange(9)
+    if kind == 0:
+        del files[name]
+    elif kind == 1:
+        files[name] = any_bytes(files[name], rng)
+    elif kind <= 3 and name.endswith(".json"):
+        files[name] = as_json(edit(json.loads(files[name]), rng), rng)
+    elif kind <= 3:
+        files[name] = spoil_tensors(files[name], rng)
+    elif kind == 4:  # a file of another checkpoint, here or of another run
+        tail = name.partition("/")[2]
+        files[name] = rng.choice([
+            content for each in (files, *others) for path, content in each.items() if path.partition("/")[2] == tail
+        ])  # fmt: skip
+    elif kind == 5:  # a file more
+        tensors = rng.choice(
+            [content for each in (files, *others) for path, content in each.items() if "state-" in path]
+        )
+        more = rng.choice(
+            ("rank-00000/state-00001-of-00002", "rank-00001/state-00001-of-00002", "state-00000-of-00001")
+        )
+        files[f"{folder}/{more}.safetensors"] = tensors
+    elif kind == 6:  # a whole checkpoint under another name, or of another run
+        source = rng.choice((files, *others))
+        step = rng.choice(sorted({path.partition("/")[0] for path in source if "/" in path}))
+        name = rng.choice((folder, step, "step-00000007", "step-000000000008", "step-x", "step-3"))
+        for path in [path for path in files if path.startswith(f"{name}/")]:
+            del files[path]
+        copied = {path: content for path, content in source.items() if path.startswith(f"{step}/")}
+        files.update({f"{name}/{path.partition('/')[2]}": content for path, content in copied.items()})
+    else:
+        _spoil_listing(files, f"{folder}/manifest.json", rng)
+
+
+def _spoil_listing(files: Files, name: str, rng: random.Random) -> None:
+    """A file that the manifest names elsewhere, or not at all."""
+    content = json.loads(files[name])
+    listed = content["files"]
+    path = rng.choice(sorted(listed))
+    entry = listed.pop(path)
+    if rng.random() < 0.7:
+        listed[rng.choice(ELSEWHERE)] = entry
+    files[name] = json.dumps(content).encode()
+
+
+def reseal_checkpoints(files: Files, rng: random.Random) -> None:
+    """Sizes and checksums are made to fit, now and then with what is there and not listed."""
+    for name in [name for name in files if name.endswith("/manifest.json")]:
+        folder = name.removesuffix("manifest.json")
+        with contextlib.suppress(Exception):  # spoilt beyond mending
+            content = json.loads(files[name])
+            there = {path.removeprefix(folder) for path in files if path.startswith(folder)} - {"manifest.json"}
+            known = there if rng.random() < 0.5 else there & content["files"].keys()
+            content["files"] = {
+                path: {"bytes": len(files[folder + path]), "sha256": hashlib.sha256(files[folder + path]).hexdigest()}
+                for path in sorted(known)
+            }
+            files[name] = json.dumps(content).encode()
+
+
+# Conversions
+
+
+def spoil_conversion(files: Files, journal: str, other: Files, rng: random.Random) -> None:
+    """Something wrong with what a killed conversion left; `other`: what one of another source left."""
+    lines = files[journal].splitlines(keepends=True)
+    kind, place = rng.randrange(8), rng.randrange(len(lines))
+    if kind == 0:
+        files[journal] = any_bytes(files[journal], rng)
+    elif kind == 1:
+        rng.shuffle(lines)
+    elif kind == 2:
+        del lines[place]
+    elif kind == 3:
+        lines.insert(rng.randrange(len(lines) + 1), lines[place])
+    elif kind == 4:
+        lines[place] = rng.choice(other[journal].splitlines(keepends=True))
+    elif kind == 5:
+        digest, _, text = lines[place].partition(b" ")
+        lines[place] = digest + b" " + as_json(edit(json.loads(text), rng), rng) + b"\n"
+    elif kind == 6:
+        shard = rng.choice(sorted(name for name in files if name.endswith(".tar")))
+        if rng.random() < 0.5:
+            del files[shard]
+        else:
+            files[shard] = files[shard][: rng.randrange(len(files[shard]))]
+    else:
+        files[journal] = other[journal]
+    if kind in (1, 2, 3, 4, 5):
+        files[journal] = b"".join(lines)
+    if rng.random() < 0.2:
+        files[journal] = any_bytes(files[journal], rng)
+
+
 def write(files: Files, folder: Path) -> None:
     for name, content in files.items():
-        (folder / name).write_bytes(content)
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def read(folder: Path) -> Files:
+    """All files of a folder and below, by their path in it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}

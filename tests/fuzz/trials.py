@@ -1,5 +1,7 @@
 """Trials: spoil something by a seed, use it, and judge what comes of it.
 
+`VILLA_DS_FUZZ_KINDS` (such as "checkpoints,weights") keeps to some kinds of things.
+
 `python -m tests.fuzz.trials FIRST COUNT [FOLDER]` prints a JSON line per finding, then one with what came how often. A
 trial ends well if what is read is valid, or if one of our own errors says why it is not. Everything else is a finding:
 another exception, more than `SECONDS`, more than `MEMORY` (as a MemoryError), a class that pickle looks up, a process
@@ -28,7 +30,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tests.fuzz.mutations import MARKER, Files, spoil_lines, spoil_recipe, spoil_set, write
+from tests.downstream import make_task_shards
+from tests.fuzz.mutations import MARKER, Files, read, spoil_lines, spoil_recipe, spoil_set, write
+from tests.fuzz.states import Checkpoints, Conversions, Weights
 from tests.runs import tiny_recipe
 from tests.shards import make_shards
 from villa_ds.batch import Sample
@@ -36,7 +40,7 @@ from villa_ds.config import DataConfig, StabilityConfig, load_recipe
 from villa_ds.config_objectives import ObjectivesConfig
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import EvaluationLoader, Loader
-from villa_ds.data.manifest import Manifest, load_manifest
+from villa_ds.data.manifest import FURTHER_DTYPES, Manifest, load_manifest
 from villa_ds.data.order import require_order
 from villa_ds.data.reader import ShardReader
 from villa_ds.data.statistics import stat
@@ -71,8 +75,10 @@ class TooLongError(BaseException):
 class Watch:
     """Audits what a trial does; hooks cannot be taken out again, so one serves them all."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, scratch: Path, folder: Path) -> None:
+        """Trials may write below `folder`, and read below `scratch`."""
         self.folder, self.active = str(folder.resolve()), False
+        self.readable = (*READABLE, str(scratch.resolve()))
         self.seen: list[str] = []
         sys.addaudithook(self._audit)
 
@@ -84,7 +90,7 @@ class Watch:
         elif event == "open" and isinstance(arguments[0], (str, bytes)):
             path = os.path.realpath(os.fsdecode(arguments[0]))
             writes = bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-            if not path.startswith(self.folder) and (writes or not path.startswith(READABLE)):
+            if not path.startswith(self.folder) and (writes or not path.startswith(self.readable)):
                 self.seen.append(f"open {path} {'to write' if writes else 'to read'}")
 
     @contextlib.contextmanager
@@ -145,13 +151,16 @@ def read_pairs(folder: Path, rng: random.Random) -> str:
 
 def load_batches(folder: Path, _: random.Random) -> str:
     manifest = load_manifest(folder)
-    objectives = [build_objective(name, ObjectivesConfig(), manifest) for name in ("mlm", "itm", "vqa")]
-    data = DataConfig(tokens=160, rows_multiple=2, lanes=2, window=8, max_text_length=13, workers=0)
+    lengths = manifest.index_files.keys() & FURTHER_DTYPES.keys()
+    names = ("vcr",) if "pair_answer" in lengths else ("mlm", "nlvr2") if lengths else ("mlm", "itm", "vqa")
+    objectives = [build_objective(name, ObjectivesConfig(), manifest) for name in names]
+    data = DataConfig(tokens=480 if lengths else 160, rows_multiple=2, lanes=2, window=8, max_text_length=13, workers=0)
     tasks = [("set", objective, 1.0) for objective in objectives]
     met = 0
     for step in Loader({"set": manifest}, tasks, data, 3, BatchPlan(2), 0, 6):
         for batch in step.batches:
             assert len(batch.ids) > 0
+            assert len(batch) * batch.joint_length <= data.tokens
             assert batch.features.isfinite().all()
         met += len(step.damage)
     if not met:
@@ -197,14 +206,18 @@ class Trials:
                 place, groups=5, texts_per_group=2, shards=2, width=4, classes=classes, seed=number,
                 images_per_group=1 + number % 2, label_format=form, regions=(2, 5),
             )  # fmt: skip
-            self.sets.append({path.name: path.read_bytes() for path in sorted(place.iterdir())})
+            self.sets.append(read(place))
+        for layout in ("vcr", "nlvr2"):
+            make_task_shards(folder / layout, layout, groups=5)
+            self.sets.append(read(folder / layout))
+        self.checkpoints, self.weights, self.conversions = Checkpoints(folder), Weights(folder), Conversions(folder)
         self.recipe = yaml.safe_dump(tiny_recipe(folder, folder / "run")).encode()
         event = {"phase": "a", "objective": "mlm", "kind": "spike", "loss": 1.0, "action": "skip"}
         self.events = b"".join(json.dumps({"step": step, **event}).encode() + b"\n" for step in (2, 5, 9))
         row = {"phase": "a", "losses": {"loss": 1.5}, "grad_norm": None}
         self.metrics = b"".join(json.dumps({"step": step, **row}).encode() + b"\n" for step in range(1, 8))
         self.place = folder / "spoilt"
-        self.watch = Watch(self.place)
+        self.watch = Watch(folder, self.place)
 
     def _read_events(self) -> str:
         Guard(StabilityConfig(), self.place, 0).left_out(5)
@@ -215,7 +228,9 @@ class Trials:
         rng = random.Random(seed)  # noqa: S311 (a repeatable choice)
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir()
-        kind = rng.choices(("set", "recipe", "events", "metrics"), (17, 1, 1, 1))[0]
+        kinds = {"set": 14, "recipe": 1, "events": 1, "metrics": 1, "checkpoints": 2, "weights": 1, "conversions": 1}
+        chosen = [name for name in kinds if name in os.environ.get("VILLA_DS_FUZZ_KINDS", ",".join(kinds)).split(",")]
+        kind = rng.choices(chosen, [kinds[name] for name in chosen])[0]
         if kind == "set":
             files = dict(rng.choice(self.sets))
             spoil_set(files, rng)
@@ -228,6 +243,9 @@ class Trials:
         elif kind == "events":
             (self.place / "stability.jsonl").write_bytes(spoil_lines(self.events, rng))
             name, action = "events", self._read_events
+        elif kind in ("checkpoints", "weights", "conversions"):
+            state = getattr(self, kind)
+            name, action = kind, lambda: state.trial(rng)
         else:
             (self.place / "metrics.jsonl").write_bytes(spoil_lines(self.metrics, rng))
             name, action = "metrics", lambda: cut_metrics(self.place / "metrics.jsonl", 4) or "sound"

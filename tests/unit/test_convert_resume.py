@@ -95,6 +95,42 @@ def cut_header(out: Path) -> None:
     path.write_bytes(path.read_bytes()[:20])
 
 
+def change_journal(change: Callable[[list[bytes]], object]) -> Callable[[Path], None]:
+    """Damage to the lines of the journal."""
+
+    def damage(out: Path) -> None:
+        path = out / JOURNAL_NAME
+        lines = path.read_bytes().splitlines(keepends=True)
+        assert len(lines) == 3
+        change(lines)
+        path.write_bytes(b"".join(lines))
+
+    return damage
+
+
+def flip(lines: list[bytes], place: int) -> None:
+    """A digit of a length in the line becomes another: still JSON of the right form."""
+    at = lines[place].index(b'"bytes":') + 8 if place else lines[place].index(b"9000")
+    lines[place] = lines[place][:at] + (b"8" if lines[place][at : at + 1] != b"8" else b"7") + lines[place][at + 1 :]
+
+
+def flip_text_length(lines: list[bytes]) -> None:
+    """What the index would say of a text."""
+    assert b'[["t0-0",2],' in lines[1]
+    lines[1] = lines[1].replace(b'[["t0-0",2],', b'[["t0-0",3],')
+
+
+CHANGES: dict[str, Callable[[list[bytes]], object]] = {
+    "a text's length": flip_text_length,
+    "a shard's size": lambda lines: flip(lines, 2),
+    "the beginning": lambda lines: flip(lines, 0),
+    "a line is missing": lambda lines: lines.pop(1),
+    "a line comes twice": lambda lines: lines.insert(1, lines[1]),
+    "two lines changed places": lambda lines: lines.insert(1, lines.pop(2)),
+    "of another form": lambda lines: lines.__setitem__(1, b"[" * 100_000 + b"\n"),
+}
+
+
 def cut_shard(out: Path) -> None:
     os.truncate(out / "shard-000000.tar", 512)
 
@@ -106,6 +142,15 @@ def lose_shard(out: Path) -> None:
 def leave_remains(out: Path) -> None:
     for name in ("shard-000002.tar", "shard-000003.tar.partial", "manifest.json", "group_shard.npy.partial"):
         (out / name).write_bytes(b"{}")
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_changed_journal_is_gone_on_from_where_it_is_whole(source: Path, tmp_path: Path, kind: str) -> None:
+    account = run(source, tmp_path / "whole")
+    interrupted(source, tmp_path / "out", 5)
+    change_journal(CHANGES[kind])(tmp_path / "out")
+    assert str(run(source, tmp_path / "out")) == str(account)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("damage", [cut_line, garble_line, cut_header, cut_shard, lose_shard, leave_remains])

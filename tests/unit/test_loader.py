@@ -218,6 +218,11 @@ def test_damage_is_raised_as_itself(sets: Sets, tmp_path: Path, workers: int) ->
 def test_what_does_not_fit_is_refused(sets: Sets) -> None:
     with pytest.raises(CheckpointError, match=r"\['large', 'other'\], but the tasks use \['large', 'tiny'\]"):
         make_loader(sets, position={"step": 3, "sets": {"large": [0, 1], "other": [0, 0]}})
+    for place in ([0, 10_000], [0, -1], [-1, 0], [10**30, 0], [0], [0, 0, 0]):
+        with pytest.raises(
+            CheckpointError, match=r"saved position \(epoch, micro-batch\) .* of the data set large is not"
+        ):
+            make_loader(sets, position={"step": 3, "sets": {"large": place, "tiny": [0, 0]}})
     with pytest.raises(ConfigError, match=r"data\.tokens: 20 does not do"):
         make_loader(sets, tokens=20)
 

@@ -320,6 +320,26 @@ def test_other_data_is_refused_unless_it_is_named(root: Path, straight: tuple[Pa
     assert_same_run(run, straight[0])
 
 
+def test_a_checkpoint_of_another_run_is_refused_unless_that_is_named(
+    straight: tuple[Path, Results], root: Path, tmp_path: Path
+) -> None:
+    """Copied into the folder of checkpoints: whole, and its data the same."""
+    run = stopped_copy(straight[0], tmp_path / "run", 8)
+    folder = run / "checkpoints" / "step-00000008"
+    state, manifest = (json.loads((folder / name).read_text()) for name in ("run.json", "manifest.json"))
+    state["recipe"]["seed"] = 11
+    content = json.dumps(state).encode()
+    (folder / "run.json").write_bytes(content)
+    manifest["files"]["run.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        CheckpointError, match=r"step-00000008: going on would silently change the run \(seed: 11 -> 10"
+    ):
+        train(recipe_of(root, run))
+    train(recipe_of(root, run), allow_change=["seed"])
+    assert_same_run(run, straight[0])
+
+
 def test_phase_at() -> None:
     phases = [PhaseConfig("a", 2), PhaseConfig("b", 3)]
     found = [(phase.name, number) for phase, number in (phase_at(phases, step) for step in range(1, 6))]

@@ -1,7 +1,9 @@
 """The plan knows how long rows will be: real micro-batches of every objective keep the token budget."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.downstream import make_task_shards
@@ -11,6 +13,8 @@ from villa_ds.config_objectives import Nlvr2Config, ObjectivesConfig, RetrievalC
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import EvaluationLoader, Loader
 from villa_ds.data.manifest import load_manifest
+from villa_ds.data.quarantine import DamagedError
+from villa_ds.data.reader import ShardReader
 from villa_ds.data.sizes import SPECIAL_TOKENS, sizes_of
 from villa_ds.errors import DataError
 from villa_ds.objectives.base import Objective, build_objective
@@ -96,6 +100,24 @@ def test_a_set_without_the_lengths_is_refused(tmp_path: Path) -> None:
     objective = build_objective("vcr", ObjectivesConfig(), manifest)
     with pytest.raises(DataError, match="does not tell how long answers and rationales are"):
         EvaluationLoader(manifest, objective, DataConfig(workers=0), BatchPlan(1), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("pair_answer", "choices"), ("pair_rationale", "choices"), ("group_largest", "largest")]
+)
+def test_a_group_that_is_longer_than_planned_is_damaged(root: Path, tmp_path: Path, name: str, told: str) -> None:
+    """Batches would be larger than their budget, and texts longer than the model has positions for."""
+    folder = shutil.copytree(root / "vcr", tmp_path / "set")
+    lengths = np.load(folder / f"{name}.npy")
+    lengths[0] = 1
+    np.save(folder / f"{name}.npy", lengths)
+    reader = ShardReader(load_manifest(folder))
+    with pytest.raises(
+        DamagedError, match=rf"group 0 at byte 0 \(g000\) has .*{told}.*, {name}\.npy says .*1"
+    ) as caught:
+        reader.sample(0)
+    assert caught.value.damage.pairs == int((reader.manifest.index["pair_group"] == 0).sum())
+    assert reader.sample(reader.manifest.num_pairs - 1).id
 
 
 def test_too_few_images_to_rank_against(root: Path) -> None:

@@ -1,6 +1,7 @@
 """Weights by the reference's names: every layout that is read, and what is refused."""
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -163,6 +164,36 @@ def test_shape_mismatch_names_the_tensor_and_both_shapes() -> None:
     assert_holds(module, before)  # nothing was loaded
 
 
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (torch.full((16,), float("nan")), "self.value.bias"),
+        (torch.full((16,), float("inf"), dtype=torch.float16), "self.value.bias"),
+        (torch.zeros(16, dtype=torch.int64), "self.value.bias"),
+        (torch.zeros(16, dtype=torch.complex64), "self.value.bias"),
+    ],
+)
+def test_weights_that_are_no_finite_numbers_are_refused(value: Tensor, found: str) -> None:
+    source, module = weights("itm"), fresh("itm")
+    before = to_reference(module.state_dict())
+    source["uniter.encoder.layer.0.attention.self.value.bias"] = value
+    with pytest.raises(WeightsError, match=rf"no finite floating-point numbers in uniter\..*{found}: the file is dam"):
+        load_reference(module, source)
+    assert_holds(module, before)
+
+
+def test_weights_without_one_tensor_of_the_model_are_refused() -> None:
+    with pytest.raises(WeightsError, match="none of the 2 tensors is one of the model's"):
+        load_reference(fresh("itm"), {"a": torch.zeros(1), "b.c": torch.zeros(2)})
+
+
+def test_a_refusal_names_some_cases_and_counts_the_others() -> None:
+    source = {name: torch.zeros(1, 1, 1) for name in weights("mlm")}
+    with pytest.raises(WeightsError, match=r"\(1, 1, 1\).*; and \d+ more$") as caught:
+        load_reference(fresh("mlm"), source)
+    assert str(caught.value).count("(1, 1, 1)") == 8
+
+
 def grown(types: int, words: int, *names: str) -> TrainModule:
     """A tiny model with so many token types and so many words more than `weights` has."""
     sizes = fresh().backbone.sizes
@@ -238,6 +269,22 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
+def zip_of_names(name: bytes) -> bytes:
+    """A .pt whose archive holds a file of this name."""
+    stream = io.BytesIO()
+    torch.save({"x": torch.zeros(1)}, stream)
+    return stream.getvalue().replace(b"byteorder", name)
+
+
+DAMAGED = {
+    "empty.pt": b"",
+    "half.pt": b"\x80\x02",
+    "nonsense.pt": zip_of_names(b"\xff\xfe\xffeorder"),
+    "endless.safetensors": (2**63).to_bytes(8, "little") + b"{}",
+    "nested.safetensors": (100_000).to_bytes(8, "little") + b"[" * 100_000,
+}
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     for name in ("absent.safetensors", "absent.pt"):
         with pytest.raises(WeightsError, match=rf"{name}: cannot read the weights"):
@@ -246,6 +293,11 @@ def test_unreadable_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"no weights at all")
         with pytest.raises(WeightsError, match=rf"{name}: cannot read the weights"):
             read_weights(tmp_path / name)
+    for name, content in DAMAGED.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(WeightsError, match=rf"{name}: cannot read the weights: .") as caught:
+            read_weights(tmp_path / name)
+        assert len(str(caught.value)) < 400 + len(str(tmp_path))
     torch.save({"model": {"weight": torch.zeros(1)}, "step": 3}, tmp_path / "wrapped.pt")
     with pytest.raises(WeightsError, match="a plain mapping of names to tensors"):
         read_weights(tmp_path / "wrapped.pt")
@@ -306,6 +358,23 @@ def test_bert_folder_of_another_model(tmp_path: Path, key: str, value: object) -
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(WeightsError, match=rf"config\.json: {key} is {value!r}, the model's is"):
         initialize_from(fresh("mlm"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "a BERT folder holds config.json and vocab.txt: maximum recursion"),
+        ("[1]", "config.json: expected a JSON object, found list"),
+        ('{"vocab_size": "' + "x" * 5000 + '"}', "config.json: vocab_size is 'xxx"),
+    ],
+)
+def test_bert_folder_with_a_damaged_configuration(tmp_path: Path, content: str, message: str) -> None:
+    bert_folder(tmp_path, "model.safetensors")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(WeightsError) as caught:
+        initialize_from(fresh("mlm"), tmp_path)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
 
 
 def test_bert_folder_with_another_vocabulary(tmp_path: Path) -> None:

@@ -141,11 +141,13 @@ class Loader:
         for name, plan in self._plans.items():
             place = position["sets"][name]
             # Within the epoch, whose length the plan knows: a place beyond it would be no micro-batch at all.
-            if len(place) != 2 or not 0 <= place[0] <= step * self._batch_plan.lanes:
-                raise CheckpointError(f"the saved position {place} of the data set {name} cannot be; start a new run")
+            known = len(place) == 2 and 0 <= place[0] <= step * self._batch_plan.lanes
+            if not known or not 0 <= place[1] < plan.epoch(place[0]).micro_batches:
+                raise CheckpointError(
+                    f"the saved position (epoch, micro-batch) {place[:2]} of the data set {name} is not one of it; "
+                    "restore the data, or start a new run"
+                )
             positions[name] = Position(*place)
-            if not 0 <= place[1] < plan.epoch(place[0]).micro_batches:
-                raise CheckpointError(f"the saved position {place} of the data set {name} is in no epoch of it")
         return _State(step, positions)
 
     def _plan_step(self, state: _State) -> _PlannedStep:

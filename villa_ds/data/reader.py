@@ -20,6 +20,7 @@ from villa_ds.data.contract import span_problems, target_problems
 from villa_ds.data.manifest import Manifest, Shard
 from villa_ds.data.quarantine import Damage, DamagedError
 from villa_ds.data.recent import Recent
+from villa_ds.data.sizes import size_differences, sizes_in
 from villa_ds.data.store import Store
 from villa_ds.data.stored import parse_record
 from villa_ds.errors import DamageError, DataError
@@ -29,6 +30,7 @@ OPEN_SHARDS = 128  # maps kept open by a reader; each costs a file descriptor, o
 BOX_WIDTH = 7
 KEPT_GROUPS = 4096  # records kept parsed, 2 KiB each: the texts of a group are read near one another, but not in turn
 RESIDENT_BYTES = 1 << 29  # of features mapped at a time, a window or so: to map one costs as much as to copy it
+_SHOWN = 200  # characters, at most, of what is wrong
 _SMALL_MEMBERS = 1 << 16  # bytes, at most, of headers, boxes and texts: what of a group is fetched besides features
 _HEADER = 512  # bytes of a tar header
 _NAME, _SIZE, _CHECKSUM, _TYPE, _MAGIC, _PREFIX = (
@@ -170,6 +172,7 @@ class ShardReader:
         self._check(group, features, boxes)
         if not self._sound[group]:
             self._check_texts(group, texts, images, len(features))
+            self._check_sizes(group, content)
             self._sound[group] = True
         if labels is not None:
             self._check_labels(group, labels, len(features))
@@ -228,6 +231,12 @@ class ShardReader:
         if not sound or problem is not None:
             said = problem and f"has texts or images against the contract: {problem}"
             self._damaged(group, said or f"has a text without target, or word pieces that are not in 0..{size - 1}")
+
+    def _check_sizes(self, group: int, content: Mapping[str, Any]) -> None:
+        """What only some sets' indices tell: batches are planned by it, and would be larger than planned."""
+        difference = next(size_differences(self.manifest.index, group, sizes_in(content)), None)
+        if difference is not None:
+            self._damaged(group, difference if len(difference) <= _SHOWN else f"{difference[:_SHOWN]}...")
 
     def _check_labels(self, group: int, labels: NDArray[Any], regions: int) -> None:
         classes = self.manifest.detector_classes

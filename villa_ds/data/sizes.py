@@ -4,7 +4,7 @@ Shape legend: P pairs.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,13 +96,28 @@ class RecordSizes:
 
 def record_sizes(record: bytes) -> RecordSizes:
     """Read the JSON of a group that keeps the contract."""
-    content = json.loads(record)
+    return sizes_in(json.loads(record))
+
+
+def sizes_in(content: Mapping[str, Any]) -> RecordSizes:
+    """Of the parsed JSON of a group that keeps the contract."""
     targets = [text["target"] for text in content["texts"]]
     return RecordSizes(
         largest_image=max(image["stop"] - image["start"] for image in content["images"]),
         answers=[_longest(target.get("answers")) for target in targets],
         rationales=[_longest(target.get("rationales")) for target in targets],
     )
+
+
+def size_differences(index: Mapping[str, NDArray[Any]], group: int, sizes: RecordSizes) -> Iterator[str]:
+    """What the index arrays that not every set has say otherwise than the record of one group."""
+    low, high = np.searchsorted(index["pair_group"], [group, group + 1])
+    if "group_largest" in index and int(index["group_largest"][group]) != sizes.largest_image:
+        said = int(index["group_largest"][group])
+        yield f"has a largest image of {sizes.largest_image} regions, group_largest.npy says {said}"
+    for name, stored in (("pair_answer", sizes.answers), ("pair_rationale", sizes.rationales)):
+        if name in index and index[name][low:high].tolist() != stored:
+            yield f"has choices of {stored} word pieces, {name}.npy says {index[name][low:high].tolist()}"
 
 
 def _longest(choices: object) -> int:

@@ -21,7 +21,7 @@ from villa_ds.data.manifest import VOCABULARY_NAME, Manifest, Vocabulary, load_m
 from villa_ds.data.order import order_problems
 from villa_ds.data.processes import in_order
 from villa_ds.data.progress import with_progress
-from villa_ds.data.sizes import RecordSizes, record_sizes
+from villa_ds.data.sizes import record_sizes, size_differences
 from villa_ds.data.store import Store
 from villa_ds.data.stored import Form, decode, group_at, readers, walk
 from villa_ds.errors import DamageError, DataError
@@ -219,7 +219,7 @@ def _inside_shard(
                 if group is not None:
                     problems += _index_differences(manifest.index, group, stored.offset, content.regions, content.texts)
                 if group is not None and not problems:
-                    problems += _size_differences(manifest.index, group, record_sizes(content.members["json"]))
+                    problems += size_differences(manifest.index, group, record_sizes(content.members["json"]))
             found += [Problem(shard.name, stored.key, text, damaged) for text in problems]
     except (tarfile.TarError, OSError) as error:
         text = f"not a readable tar after {len(keys)} groups: {error}"
@@ -246,7 +246,7 @@ def _group_in_place(manifest: Manifest, number: int, group: int) -> list[Problem
     if content is not None:
         problems += _index_differences(manifest.index, group, stored.offset, content.regions, content.texts)
     if content is not None and not problems:
-        problems += _size_differences(manifest.index, group, record_sizes(content.members["json"]))
+        problems += size_differences(manifest.index, group, record_sizes(content.members["json"]))
     return [Problem(shard.name, stored.key, text, damage=False) for text in problems]
 
 
@@ -263,17 +263,6 @@ def _index_differences(
     said = list(zip(index["pair_id"][low:high].tolist(), index["pair_length"][low:high].tolist(), strict=True))
     if stored != said:
         yield f"has texts (id, length) {stored}, the pair arrays say {said}"
-
-
-def _size_differences(index: Mapping[str, NDArray[Any]], group: int, sizes: RecordSizes) -> Iterator[str]:
-    """What the index arrays that not every set has say otherwise than the record of one group."""
-    low, high = np.searchsorted(index["pair_group"], [group, group + 1])
-    if "group_largest" in index and int(index["group_largest"][group]) != sizes.largest_image:
-        said = int(index["group_largest"][group])
-        yield f"has a largest image of {sizes.largest_image} regions, group_largest.npy says {said}"
-    for name, stored in (("pair_answer", sizes.answers), ("pair_rationale", sizes.rationales)):
-        if name in index and index[name][low:high].tolist() != stored:
-            yield f"has choices of {stored} word pieces, {name}.npy says {index[name][low:high].tolist()}"
 
 
 @contextmanager

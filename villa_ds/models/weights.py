@@ -26,6 +26,7 @@ FOREIGN_PREFIXES = ("bert",)  # BERT's, and published VILLA checkpoints'
 BESIDE = ".beside."
 WORD_BIAS, WORD_DECODER = "cls.predictions.bias", "cls.predictions.decoder.weight"  # one for each word
 LEGACY_NAMES = {"gamma": "weight", "beta": "bias"}
+_SHOWN = 8  # cases that a refusal names
 BERT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 _log = logging.getLogger(__name__)
@@ -85,13 +86,23 @@ def load_reference(
     for adaptation in adaptations:
         given = _adapted(given, own, adaptation, backbone.prefix)
     shared = [name for name in own if name in given]
+    if not shared:
+        raise WeightsError(
+            f"none of the {len(given)} tensors is one of the model's; are these weights of such a model?"
+        )
     differing = [
         f"{name} is {tuple(given[name].shape)}, the model's is {tuple(own[name].shape)}"
         for name in shared
         if given[name].shape != own[name].shape
     ]
     if differing:
-        raise WeightsError(f"weights do not fit the model: {'; '.join(differing)}")
+        raise WeightsError(f"weights do not fit the model: {_listed(differing)}")
+    useless = [name for name in shared if not (given[name].is_floating_point() and given[name].isfinite().all())]
+    if useless:
+        raise WeightsError(
+            f"weights hold values that are no finite floating-point numbers in {_listed(useless)}: the file is "
+            "damaged, or its training had diverged; take another"
+        )
     filled: dict[tuple[int, int], str] = {}
     for name in shared:
         first = filled.setdefault(_place(own[name]), name)
@@ -130,7 +141,7 @@ def _canonical(tensors: Mapping[str, Tensor], backbone: Backbone) -> dict[str, T
             path.insert(0, backbone.prefix)
         full = ".".join(path)
         if full in canonical:
-            raise WeightsError(f"weights hold {full} twice, once as {name}")
+            raise WeightsError(f"weights hold {full[:200]} twice, once as {name[:200]}")
         canonical[full] = tensor
     return canonical
 
@@ -158,6 +169,11 @@ def _adapted(
             adapted[name] = given[source][row : row + 1]
             _log.info("%s: row %d of %s", name, row, source)
     return adapted
+
+
+def _listed(cases: Sequence[str]) -> str:
+    more = f"; and {len(cases) - _SHOWN} more" if len(cases) > _SHOWN else ""
+    return "; ".join(cases[:_SHOWN]) + more
 
 
 def _tell(report: LoadReport, loaded: int) -> None:
@@ -195,8 +211,10 @@ def _check_bert(folder: Path, backbone: Backbone, vocabulary: Vocabulary | None)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         words = (folder / VOCABULARY_NAME).read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{folder}: a BERT folder holds config.json and {VOCABULARY_NAME}: {error}") from None
+    if not isinstance(config, dict):
+        raise WeightsError(f"{folder}/config.json: expected a JSON object, found {type(config).__name__}")
     sizes = backbone.sizes
     wanted = {
         "vocab_size": sizes.vocabulary_size,
@@ -208,7 +226,8 @@ def _check_bert(folder: Path, backbone: Backbone, vocabulary: Vocabulary | None)
     }
     for key, value in wanted.items():
         if config.get(key) != value:
-            raise WeightsError(f"{folder}/config.json: {key} is {config.get(key)!r}, the model's is {value!r}")
+            found = repr(config.get(key))[:80]
+            raise WeightsError(f"{folder}/config.json: {key} is {found}, the model's is {value!r}")
     count = len(words.splitlines())
     if count != sizes.vocabulary_size:
         raise WeightsError(f"{folder}/{VOCABULARY_NAME}: {count} word pieces, the model has {sizes.vocabulary_size}")

@@ -257,7 +257,7 @@ def refuse_silent_changes(
         for key, old, new in differences(state[part], values)
         if not {part, f"{part}.{key}"} & allowed
     ]
-    changes += [f"recipe.{change}" for change in recipe_changes(state["recipe"], recipe, allow_change)]
+    changes += recipe_changes(state["recipe"], recipe, allow_change)
     if changes:
         raise CheckpointError(
             f"{folder}: going on would silently change the run ({listed(changes)}): "

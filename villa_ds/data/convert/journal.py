@@ -1,8 +1,10 @@
 """How a conversion that was killed goes on: `conversion.journal` beside the shards.
 
 JSON lines, appended and synced: first what the conversion was begun with, then, for each shard that is safely on the
-disk, what the index says of it and what became of the planned groups up to its end. The file goes when the manifest is
-there. It is locked by the conversion that is at work.
+disk, what the index says of it and what became of the planned groups up to its end. Each line begins with the digest of
+itself and of all before it: what a disk or an editor has changed, left out or brought from elsewhere is not gone on
+from, and the lines before it are. The file goes when the manifest is there. It is locked by the conversion that is at
+work.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -44,6 +47,7 @@ class Journal:
         self._folder, self._path = folder, folder / JOURNAL_NAME
         self._stream: IO[bytes] | None = None
         self._begun: Mapping[str, Any] | None = None
+        self._digest = ""  # of the lines so far
         self.entries: list[Entry] = []  # of the shards that an earlier run finished
 
     def __enter__(self) -> "Journal":
@@ -82,16 +86,21 @@ class Journal:
         stream.seek(0)
         end = 0
         for line in stream:
-            try:
-                content = json.loads(line) if line.endswith(b"\n") else None
-                if self._begun is None and isinstance(content, dict):
-                    self._begun = content
-                elif content is None or not self._take(content):
-                    break
-            except (ValueError, TypeError, KeyError):  # a disk that lost power may have anything at a file's end
+            digest, _, text = line.partition(b" ")
+            if digest != self._chained(text).encode() or not text.endswith(b"\n"):
                 break
+            content = json.loads(text)
+            if self._begun is None:
+                self._begun = content
+            elif not self._take(content):
+                break
+            self._digest = digest.decode()
             end += len(line)
         stream.truncate(end)
+
+    def _chained(self, text: bytes) -> str:
+        """The digest that a line begins with if it comes next."""
+        return sha256(self._digest.encode() + text).hexdigest()
 
     def _take(self, content: Mapping[str, Any]) -> bool:
         shard = Shard(**content["shard"])
@@ -132,7 +141,9 @@ class Journal:
     def _append(self, content: Mapping[str, Any]) -> None:
         if self._stream is None:
             raise RuntimeError("the journal is not open")
-        self._stream.write(json.dumps(content, separators=(",", ":")).encode() + b"\n")
+        text = json.dumps(content, separators=(",", ":")).encode() + b"\n"
+        self._digest = self._chained(text)
+        self._stream.write(self._digest.encode() + b" " + text)
         self._stream.flush()
         os.fsync(self._stream.fileno())
         sync(self._folder)
