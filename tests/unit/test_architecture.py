@@ -63,6 +63,7 @@ ORDER = (
     "data.convert.journal",
     "data.convert.join",
     "data.convert.jsonl",
+    "data.convert.spool",
     "data.convert.captions",
     "data.convert.columns",
     "data.convert.texts",

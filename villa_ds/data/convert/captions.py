@@ -11,10 +11,8 @@ A file that is none of these is a DataError; a record that lacks something is re
 
 import hashlib
 import json
-import os
 import re
 import string
-import tempfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +38,7 @@ from villa_ds.data.convert.jsonl import is_text, name_of
 from villa_ds.data.convert.region_files import UNREADABLE, bare
 from villa_ds.data.convert.settings import Settings
 from villa_ds.data.convert.sources import TWICE, Listed, Place
+from villa_ds.data.convert.spool import Spool
 from villa_ds.data.wordpiece import WordPieces
 from villa_ds.data.writer import Text
 from villa_ds.errors import DataError
@@ -103,19 +102,20 @@ class CaptionTexts:
 
     def __init__(self, records: Callable[[], Records], settings: Settings) -> None:
         self._records, self._word_pieces = records, WordPieces(settings.pieces)
-        handle, self._path = tempfile.mkstemp(prefix="villa-ds-captions-")
-        os.close(handle)
+        self._spool: Spool | None = Spool("captions")
+        self._path = self._spool.path
         self._reading: BinaryIO | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What lists the captions stays behind; a process that reads them opens the file by itself.
-        return {**self.__dict__, "_records": None, "_reading": None}
+        return {**self.__dict__, "_records": None, "_reading": None, "_spool": None}
 
     def close(self) -> None:
         """Delete the temporary file."""
         if self._reading is not None:
             self._reading.close()
-        Path(self._path).unlink(missing_ok=True)
+        if self._spool is not None:
+            self._spool.close()
 
     def scan(self, texts: Tally) -> Iterator[Listed]:
         """Every caption with its image; rejects records that are none, and ids that occur again."""
