@@ -28,7 +28,7 @@ from villa_ds.mapping import from_mapping
 from villa_ds.objectives.base import Objective, build_objective
 from villa_ds.train.checkpoint import resolve_checkpoint
 from villa_ds.train.ensemble import Ensemble, load_ensemble
-from villa_ds.train.state import read_run_state
+from villa_ds.train.state import read_run_state, require_inputs
 
 _PICTURES, _TEXTS, _SHARDS = "pictures", "texts.jsonl", "shards"  # in the folder of what is made on the way
 
@@ -49,10 +49,7 @@ class Predictor:
         folders = [resolve_checkpoint(run) for run in runs]
         states = [read_run_state(folder) for folder in folders]
         for run, state in zip(runs, states, strict=True):
-            if "inputs" not in state:
-                raise CheckpointError(
-                    f"{run}: saved by an earlier version, it does not tell its extractor; train it anew"
-                )
+            require_inputs(run, state)
             if state["inputs"] != states[0]["inputs"]:
                 raise CheckpointError(
                     f"{run}: trained on other vocabulary, answers or regions than {runs[0]}: ask it alone"

@@ -240,11 +240,25 @@ def test_members_must_have_learnt_from_the_same(world: World, tmp_path: Path) ->
     train(load_recipe(write_recipe(tmp_path / "r.yaml", recipe)))
     with pytest.raises(CheckpointError, match="other: trained on other vocabulary, answers or regions than"):
         Predictor([world.runs[0], tmp_path / "other"], extractor, "itm")
+
+
+def test_a_checkpoint_of_an_earlier_version(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     older = tmp_path / "older"
     shutil.copytree(world.runs[0], older)
     forget_inputs(resolve_checkpoint(older))
-    with pytest.raises(CheckpointError, match="saved by an earlier version"):
-        Predictor([older], extractor, "itm")
+    asked = world.ask("--images", str(world.images), "--texts", str(world.texts), "--objective", "vqa", runs=[older])
+    capsys.readouterr()
+    assert main(asked) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"villa-ds: {older}: saved by an earlier version, it does not tell its vocabulary and extractor: let the run "
+        "take another step with this version (raise a phase's steps, --allow-change phases), or use `villa-ds evaluate`"
+    )
+    longer = world.recipe | {"output": str(older), "seed": 1, "phases": [{"name": "short", "steps": 3}]}
+    train(from_mapping(Recipe, longer, ""), allow_change=["phases"])
+    capsys.readouterr()
+    assert main(asked) == 0
+    assert len(rows_of(capsys)) == len(world.questions)
 
 
 def forget_inputs(folder: Path) -> None:

@@ -229,12 +229,12 @@ def test_a_checkpoint_of_an_earlier_version(world: World, tmp_path: Path, capsys
     from villa_ds.analysis import runs
 
     folder = resolve_checkpoint(world.runs["uniter"])
-    state = runs.read_state(folder)
+    state = runs.read_run_state(folder)
     del state["inputs"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "read_state", lambda _: state)
+        patch.setattr(runs, "read_run_state", lambda _: state)
         assert main(["report", str(world.runs["uniter"]), "--out", str(tmp_path / "report.html")]) == 2
-    assert "it does not tell its vocabulary; train it anew" in capsys.readouterr().err
+    assert "it does not tell its vocabulary and extractor: let the run take" in capsys.readouterr().err
 
 
 def shown(regions: int = 3, truth: int = 1) -> Shown:

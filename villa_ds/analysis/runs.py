@@ -16,7 +16,7 @@ from villa_ds.train.checkpoint import resolve_checkpoint
 from villa_ds.train.metrics import METRICS_NAME
 from villa_ds.train.module import TrainModule, build_module
 from villa_ds.train.parameters import load_weights
-from villa_ds.train.state import read_run_state
+from villa_ds.train.state import read_run_state, require_inputs
 from villa_ds.train.torch_engine import device_of
 
 
@@ -103,8 +103,7 @@ def open_run(named: str) -> TrainedRun:
         raise ConfigError(f"RUN {named!r}: give PATH or LABEL=PATH")
     folder = resolve_checkpoint(Path(place))
     state = read_run_state(folder)
-    if "inputs" not in state:
-        raise CheckpointError(f"{folder}: saved by an earlier version, it does not tell its vocabulary; train it anew")
+    require_inputs(folder, state)
     return TrainedRun(label or folder.parent.parent.name, folder, state, from_mapping(Recipe, state["recipe"], ""))
 
 

@@ -46,6 +46,15 @@ def read_run_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def require_inputs(place: Path, state: Mapping[str, Any]) -> None:
+    """CheckpointError for a checkpoint of before they told of vocabulary, answers and extractor."""
+    if "inputs" not in state:
+        raise CheckpointError(
+            f"{place}: saved by an earlier version, it does not tell its vocabulary and extractor: let the run take "
+            "another step with this version (raise a phase's steps, --allow-change phases), or use `villa-ds evaluate`"
+        )
+
+
 def _misfit(value: Any, shape: Any, key: str) -> str | None:
     """Dotted key of the first place that is not of the shape; None if all are."""
     if isinstance(shape, Mapping):
