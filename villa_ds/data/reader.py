@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from villa_ds.batch import ImageSpan, Mismatched, Regions, Sample
 from villa_ds.data import npy
 from villa_ds.data.contract import span_problems, target_problems
-from villa_ds.data.manifest import Manifest, Shard
+from villa_ds.data.manifest import FURTHER_DTYPES, Manifest, Shard
 from villa_ds.data.quarantine import Damage, DamagedError
 from villa_ds.data.recent import Recent
 from villa_ds.data.sizes import size_differences, sizes_in
@@ -81,6 +81,7 @@ class ShardReader:
         self._labels = labels and manifest.label_format != "none"
         self._shards: Recent[int, mmap.mmap] = Recent(OPEN_REMOTE_SHARDS if manifest.store.remote else OPEN_SHARDS)
         self._lost: dict[int, Damage] = {}  # shards that cannot be opened
+        self._tells_sizes = any(name in manifest.index_files for name in FURTHER_DTYPES)
         self._sound = bytearray(manifest.num_groups)  # 1: texts and images were checked, which takes long
         self._records: Recent[int, _Record] = Recent(KEPT_GROUPS)
         self._mapped: set[int] = set()  # groups looked at since pages were last given back
@@ -172,7 +173,8 @@ class ShardReader:
         self._check(group, features, boxes)
         if not self._sound[group]:
             self._check_texts(group, texts, images, len(features))
-            self._check_sizes(group, content)
+            if self._tells_sizes:
+                self._check_sizes(group, content)
             self._sound[group] = True
         if labels is not None:
             self._check_labels(group, labels, len(features))
