@@ -26,7 +26,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,10 @@ class Places:
     work: Path
     results: Path
 
+    def pretraining(self, weights: str, seed: int) -> Path:
+        """The run whose weights fine-tuning starts from."""
+        return self.work / f"pretrain-{weights}-{seed}"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -90,7 +94,7 @@ class Cell:
                 *chosen,
                 f"data.root={self.places.shards}",
                 f"output={self.places.work / (('study-' if self.study else '') + name)}",
-                f"initialize={pretraining(self.variant.weights, self.pretrain_seed, self.places).output}",
+                f"initialize={self.places.pretraining(self.variant.weights, self.pretrain_seed)}",
                 f"seed={self.seed}",
                 f"phases.0.steps={steps}",
                 f"checkpoints.every={steps}",
@@ -100,20 +104,17 @@ class Cell:
         )
 
 
-def pretraining(weights: str, seed: int, places: Places) -> Recipe:
-    """The run whose weights fine-tuning starts from."""
-    plain = ["phases.1.adversary=null"] if weights == "plain" else []
-    output = places.work / f"pretrain-{weights}-{seed}"
-    return load_recipe(
-        find_recipe(PRETRAIN), [f"data.root={places.shards}", f"output={output}", f"seed={seed}", *plain]
-    )
+def pretraining(weights: str, seed: int, places: Places, extra: Sequence[str] = ()) -> Recipe:
+    """The run whose weights fine-tuning starts from, with overrides from the command line."""
+    chosen = [*extra, f"data.root={places.shards}", f"output={places.pretraining(weights, seed)}", f"seed={seed}"]
+    return load_recipe(find_recipe(PRETRAIN), [*chosen, *(["phases.1.adversary=null"] if weights == "plain" else [])])
 
 
-def pretrain(weights: str, seed: int, places: Places) -> None:
-    """Pre-train, unless the run is finished already."""
-    recipe = pretraining(weights, seed, places)
+def pretrain(recipe: Recipe, path: Path) -> None:
+    """Pre-train, unless the run is finished already; its settings and held-out results go to `path`."""
+    if path.exists():
+        require_same_settings(recipe, [path])
     results = train(recipe)
-    path = places.results / "cells" / f"pretrain-{weights}-{seed}.json"
     if not path.exists():
         store(path, {"recipe": settings_of(recipe), "validation": results, "commit": record.environment()["commit"]})
 
@@ -185,14 +186,14 @@ def store(path: Path, content: Mapping[str, Any]) -> None:
     replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def require_same_settings(cell: Cell) -> None:
-    """Results of other settings are not to be averaged with those of this cell, under whatever seeds they were made.
+def require_same_settings(recipe: Recipe, stored: Iterable[Path]) -> None:
+    """Results of other settings are not to be averaged with those of this recipe, under whatever seeds they were made.
 
     Compared are the keys that both have: older results lack what recipes did not have yet. ConfigError with the file
     and the keys.
     """
-    own = settings_of(cell.recipe())
-    for path in sorted(cell.path.parent.glob("*.json")):
+    own = settings_of(recipe)
+    for path in stored:
         found = json.loads(path.read_text(encoding="utf-8"))["recipe"]
         keys = [key for key in _differing(found, own) if key.partition(".")[0] not in WITHOUT_EFFECT]
         if keys:
@@ -205,7 +206,7 @@ def require_same_settings(cell: Cell) -> None:
 def _differing(old: Any, new: Any, path: str = "") -> Iterator[str]:
     """Dotted keys of values that differ, among the keys that both have; a list and what is missing count as a value."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in old.keys() & new.keys():
+        for key in sorted(old.keys() & new.keys()):
             yield from _differing(old[key], new[key], f"{path}.{key}".lstrip("."))
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for place, pair in enumerate(zip(old, new, strict=True)):
@@ -230,11 +231,12 @@ def run_missing(parsed: argparse.Namespace, places: Places) -> None:
     """Pre-train and run what has no result yet."""
     cells = cells_of(parsed, places)
     for cell in {(cell.task, cell.variant): cell for cell in cells}.values():
-        require_same_settings(cell)
+        require_same_settings(cell.recipe(), sorted(cell.path.parent.glob("*.json")))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     missing = [cell for cell in cells if not cell.path.exists()]
     for weights, seed in sorted({(cell.variant.weights, cell.pretrain_seed) for cell in missing}):
-        pretrain(weights, seed, places)
+        path = places.results / "cells" / f"pretrain-{weights}-{seed}.json"
+        pretrain(pretraining(weights, seed, places, parsed.pretrain_set), path)
     for number, handler in handlers.items():  # a run watches for signals; what follows it should end at once
         signal.signal(number, handler)
     for cell in in_order(run, missing, parsed.processes):
@@ -261,6 +263,9 @@ def main() -> None:
     parser.add_argument("--study", action="store_true", help="the study of single settings instead of the variants")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe key, for every cell")
+    parser.add_argument(
+        "--pretrain-set", action="append", default=[], metavar="KEY=VALUE", help="the same for the pre-trainings"
+    )
     parser.add_argument("--report", action="store_true", help="only the report")
     parsed = parser.parse_args()
     work = parsed.work.resolve()
