@@ -302,6 +302,7 @@ def draw_differences(table: Mapping[str, Any], path: Path) -> None:
         f"Points of the test metric above {BASELINE} at equal steps, seed by seed: mean and 95% confidence interval"
     )
     with picture(path, "What the adversary is worth", subtitle, len(tasks), columns=3) as panels:
+        furthest = 0.0
         for axes, task in zip(panels, tasks, strict=True):
             for place, name in enumerate(EQUAL_STEPS):
                 entry = table[task.name].get(name, {}).get("test", {})
@@ -309,10 +310,13 @@ def draw_differences(table: Mapping[str, Any], path: Path) -> None:
                     continue
                 half = 0.0 if math.isnan(entry["difference_half_width"]) else 100 * entry["difference_half_width"]
                 axes.errorbar(100 * entry["difference"], place, xerr=half, fmt="o", capsize=3, color=PALETTE[0])
+                furthest = max(furthest, abs(100 * entry["difference"]) + half)
             axes.axvline(0, color=INK, linewidth=1)
             axes.set(title=f"{task.name}, {task.metric}", ylim=(len(EQUAL_STEPS) - 0.5, -0.5))
             axes.set_yticks(range(len(EQUAL_STEPS)), EQUAL_STEPS)
             axes.tick_params(axis="y", labelcolor=MUTED)
+        for axes in panels:  # one scale, so that widths can be compared
+            axes.set_xlim(-1.05 * furthest, 1.05 * furthest)
 
 
 def draw_curves(cells: Cells, task: Task, path: Path) -> None:
@@ -325,7 +329,8 @@ def draw_curves(cells: Cells, task: Task, path: Path) -> None:
             runs = [cell for cell in own if cell["variant"] == variant]
             if not runs:
                 continue
-            band(left, [cell["curve"] for cell in runs], variant, look)
+            label = variant if len(runs) == len(seeds) else f"{variant} (n = {len(runs)})"
+            band(left, [cell["curve"] for cell in runs], label, look)
             losses = [[[CURVE_STEPS * (n + 1), loss] for n, loss in enumerate(cell["losses"])] for cell in runs]
             band(right, losses, variant, look)
         left.set(xlabel="optimizer step", ylabel=f"validation {task.metric}")
