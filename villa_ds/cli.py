@@ -220,7 +220,8 @@ def _compare(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    from villa_ds.analysis.report import Inside, report  # noqa: PLC0415
+    from villa_ds.analysis.looking import Inside  # noqa: PLC0415
+    from villa_ds.analysis.report import report  # noqa: PLC0415
 
     inside = Inside(parsed.set, parsed.text, parsed.maps, parsed.limit, parsed.images, parsed.curves)
     print(report(parsed.runs, parsed.out, inside, parsed.command_line, parsed.device))

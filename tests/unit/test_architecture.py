@@ -137,6 +137,8 @@ ORDER = (
     "analysis.maps",
     "analysis.probing",
     "analysis.rephrasing",
+    "analysis.looking",
+    "analysis.numbers",
     "analysis.report",
     "analysis.*",
     "doctor",

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.runs import make_data, tiny_recipe
 from villa_ds.analysis.attention import RowAttention
-from villa_ds.analysis.maps import Shown, attention_map, by_head, definition
+from villa_ds.analysis.maps import Shown, attention_map, by_head, definition, drawn_table
 from villa_ds.cli import main
 from villa_ds.config import Recipe
 from villa_ds.data.manifest import load_manifest
@@ -22,6 +22,7 @@ from villa_ds.mapping import from_mapping
 from villa_ds.train.checkpoint import resolve_checkpoint
 from villa_ds.train.loop import train
 
+SCORES = ("loss", "accuracy", "majority_baseline")
 SECTIONS = ["compared", "results", "curves", "attention", "probing", "rephrasing", "made"]
 VOID = {"meta", "img", "br", "link", "input"}
 MODEL = {
@@ -68,6 +69,129 @@ class Sound(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts[self.section] = f"{self.texts.get(self.section, '')} {data}"
+
+
+class Tables(HTMLParser):
+    """The cells of all tables by section, and the titles of maps."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.found: dict[str, list[list[list[str]]]] = {}
+        self.titles: list[str] = []
+        self._section, self._open = "", ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag == "section":
+            self._section = dict(attrs)["id"]
+            self.found[self._section] = []
+        elif tag == "table":
+            self.found[self._section].append([])
+        elif tag == "tr":
+            self.found[self._section][-1].append([])
+        elif tag in ("td", "th"):
+            self.found[self._section][-1][-1].append("")
+            self._open = "cell"
+        elif tag == "title" and self._section:
+            self._open = "title"
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._open = ""
+        elif tag == "title" and self._section:
+            self._open = "cell"
+
+    def handle_data(self, data: str) -> None:
+        if self._open == "title":
+            self.titles.append(data)
+        elif self._open == "cell":
+            self.found[self._section][-1][-1][-1] += data.strip()
+
+    def rows(self, section: str, place: int) -> list[list[str]]:
+        """Of one table, without its header."""
+        rows: list[list[str]] = []
+        for row in self.found[section][place][1:]:
+            rows.append([cell or (rows[-1][at] if rows and at < 2 else "") for at, cell in enumerate(row)])
+        return rows
+
+
+def as_shown(found: dict[str, Any], sign: str = "") -> str:
+    """An estimate of the JSON as the page writes it."""
+    width = "" if found["half_width"] is None else f" ± {found['half_width']:.3f}"
+    return f"{round(found['mean'], 3) + 0.0:{sign}.3f}{width}"
+
+
+def assert_numbers_agree(page: Path) -> dict[str, Any]:
+    """Everything that the page tells in numbers is in the JSON beside it, and the same."""
+    numbers: dict[str, Any] = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    tables = Tables(page)
+    runs = numbers["runs"]
+    assert [(row[0], row[4], row[5]) for row in tables.rows("compared", 0)] == [
+        (label, f"{run['step']:,}", f"{run['parameters'] / 1e6:.2f}") for label, run in runs.items()
+    ]
+    assert tables.rows("results", 0) == [
+        [row["run"], row["task"], *("" if row[name] is None else f"{row[name]:.4f}" for name in SCORES)]
+        for row in numbers["results"]
+    ]
+    ends = [row for place in range(len(tables.found["curves"])) for row in tables.rows("curves", place)]
+    assert ends == [
+        [curve["quantity"], run, f"{end['step']:,}", f"{end['value']:.4g}", f"{end['mean']:.4g}"]
+        for curve in numbers["curves"] for run, end in curve["ends"].items()
+    ]  # fmt: skip
+    drawn = [each[kind] for each in numbers["attention"] for kind in ("by_word", "by_head")]
+    for place, maps in enumerate(drawn):
+        rows = tables.found["attention"][place]
+        assert rows[0] == ["", *maps["columns"]]
+        assert rows[1:] == [[row["row"], *(f"{each:.2f}" for each in row["to_all_regions"])] for row in maps["rows"]]
+    assert tables.titles == [
+        "by region: " + " ".join(f"{weight:.2f}" for weight in weights)
+        for maps in drawn for row in maps["rows"] for weights in row["to_regions"]
+    ]  # fmt: skip
+    assert_probing_agrees(tables, numbers["probing"]["links"])
+    asked = numbers["rephrasing"]["runs"]
+    if asked:
+        assert tables.rows("rephrasing", 0) == [
+            [label, *map(as_shown, (run["as_asked"], run["other_forms"], *run["consensus"]))]
+            for label, run in asked.items()
+        ]
+        kinds = next(iter(asked.values()))["by_kind"]
+        by_kind = {kind: [each for run in asked.values() for each in run["by_kind"][kind].values()] for kind in kinds}
+        assert tables.found["rephrasing"][1][1:] == [
+            [kind, f"{each[0]['count']:,}", *map(as_shown, each)] for kind, each in by_kind.items()
+        ]
+    return numbers
+
+
+def assert_probing_agrees(tables: Tables, links: list[dict[str, Any]]) -> None:
+    largest, differences, *telling, _ = (tables.found["probing"] + [[]])[
+        : 2 + len({each["task"] for each in links}) + 1
+    ]
+    assert [row[3:] for row in largest[1:]] == [
+        [
+            *(f"{as_shown(run['largest']['weight'])} ({run['largest']['head']})" for run in each["runs"].values()),
+            f"{next(iter(each['runs'].values()))['largest']['uniform']:.3f}",
+        ]
+        for each in links
+    ]
+    assert [row[3:] for row in differences[1:]] == [
+        [as_shown(difference, "+") for difference in each["differences"]] for each in links
+    ]
+    rows = [row for table in telling for row in table[1:]]
+    scores = [(each["direction"], label, run["most_telling"]) for each in links for label, run in each["runs"].items()]
+    assert [row[2:] for row in rows] == [
+        [
+            label, score["head"], as_shown(score["weight"]), as_shown(score["other_region"]),
+            as_shown(score["above"], "+"), as_shown(score["right_first"]), f"{score['chance']:.3f}",
+            f"{score['weight']['count']:,}",
+        ]
+        for _, label, score in scores
+    ]  # fmt: skip
+    labels = list(links[0]["runs"])
+    heat = tables.found["probing"][-len(labels) :]
+    for label, table in zip(labels, heat, strict=True):
+        assert [[float(cell) for cell in row[1:]] for row in table[1:]] == [
+            [round(value, 3) for layer in each["runs"][label]["above_by_head"] for value in layer] for each in links
+        ]
 
 
 def parsed(path: Path) -> Sound:
@@ -148,6 +272,12 @@ def test_four_runs_side_by_side(world: World, tmp_path: Path) -> None:
     assert found.tags.count("img") == 11
     with Image.open(curves) as drawn:
         assert drawn.size[0] > 1000
+    numbers = assert_numbers_agree(out)
+    assert numbers["set"]["fingerprint"] == manifest.fingerprint
+    shown_command = texts["made"].split("what how command ")[1].split(" looked")[0]
+    assert (numbers["schema"], numbers["command"]) == (1, shown_command)
+    assert {curve["quantity"] for curve in numbers["curves"]} >= {"mlm loss", "vqa loss", "divergence"}
+    assert all(run["attention_deviation"] < 1e-4 for run in numbers["runs"].values())
 
 
 def test_maps_of_stored_texts_on_pictures_of_a_folder(world: World, tmp_path: Path) -> None:
@@ -167,6 +297,8 @@ def test_maps_of_stored_texts_on_pictures_of_a_folder(world: World, tmp_path: Pa
     found = parsed(out)
     assert 'viewBox="0 0 100 50"' in out.read_text()  # the picture's shape
     assert found.texts["attention"].count("Fully lit") == 2
+    numbers = json.loads(out.with_suffix(".json").read_text())
+    assert [each["text"] for each in numbers["attention"]]
     assert "the first 5 of" in found.texts["made"]
     assert "moved" in found.texts["results"]
 
@@ -182,6 +314,8 @@ def test_what_a_run_lacks_is_said(world: World, tmp_path: Path) -> None:
     assert "Not evaluated: bare" in texts["results"]
     assert "no curves" in texts["curves"]
     assert "None of the runs answers questions" in texts["rephrasing"]
+    numbers = json.loads(out.with_suffix(".json").read_text())
+    assert (numbers["results"], numbers["curves"], numbers["rephrasing"]["runs"]) == ([], [], {})
 
 
 def test_a_set_of_which_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +346,7 @@ def test_a_set_of_which_nothing_is_known(tmp_path: Path, monkeypatch: pytest.Mon
         (["{uniter}", "--text", "nobody"], "--text 'nobody': "),
         (["{uniter}", "--set", "{shards}/vcr/test"], "trained with another vocabulary"),
         (["{uniter}", "--set", "{root}"], "manifest.json"),
+        (["{uniter}", "--out", "page.json"], "--out page.json: is the page's name, and the numbers go beside it"),
     ],
 )
 def test_refusals(
@@ -219,7 +354,8 @@ def test_refusals(
 ) -> None:
     places = {"root": world.root, "shards": world.shards, "uniter": world.runs["uniter"]}
     out = tmp_path / "report.html"
-    assert main(["report", *(each.format(**places) for each in arguments), "--out", str(out)]) == 2
+    named = [each.format(**places) for each in arguments]
+    assert main(["report", "--out", str(out), *named]) == 2
     captured = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in captured
     assert not out.exists()
@@ -256,5 +392,5 @@ def test_of_many_heads_those_that_attend_to_the_truth_are_shown() -> None:
     for layer, head in wanted:
         probabilities[layer, head, 1, 3 + 1] = 0.2  # to the truth
     probabilities[:, 11, 1, 3] = 0.9  # to another region
-    page = by_head(shown(), {"run": RowAttention(probabilities, 3)}, 1)
+    page = drawn_table(shown(), by_head(shown(), {"run": RowAttention(probabilities, 3)}, 1))
     assert re.findall(r"<th>(\d+\.\d+)</th>", page) == [f"{layer + 1}.{head + 1}" for layer, head in wanted]

@@ -31,6 +31,11 @@ class Series:
     values: NDArray[np.float64]
     span: float  # optimizer steps
 
+    @property
+    def smoothed(self) -> NDArray[np.float64]:
+        """The line that is drawn."""
+        return smooth(self.steps, self.values, self.span)
+
 
 @dataclass(frozen=True, slots=True)
 class Panel:
@@ -117,7 +122,7 @@ def draw_panel(axes: "Axes", panel: Panel, order: Sequence[str]) -> None:
         noisy = panel.name not in _STEADY
         if noisy:
             axes.plot(series.steps, series.values, color=colour, linewidth=0.7, alpha=0.22)
-        line = smooth(series.steps, series.values, series.span) if noisy else series.values
+        line = series.smoothed if noisy else series.values
         axes.plot(series.steps, line, style, color=colour, linewidth=width, label=series.run)
     _limit(axes, panel)
     axes.set_title(panel.name, loc="left", fontweight="bold")

@@ -41,6 +41,15 @@ class Shown:
         return _WIDTH if self.pixels is None else _WIDTH * self.pixels.shape[0] / self.pixels.shape[1]
 
 
+@dataclass(frozen=True, slots=True)
+class MapTable:
+    """Maps in rows under a header."""
+
+    header: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[tuple[int, NDArray[np.floating]]]]]  # name, (position in the text, weights [R])
+    strongest: float  # the weight from which a region is fully lit
+
+
 def definition(shown: Shown) -> str:
     """The image, its regions, and both in the dark, once; every map of it refers to them."""
     size = f'width="{_WIDTH:g}" height="{shown.height:g}"'
@@ -91,7 +100,7 @@ def _rectangle(box: NDArray[np.floating], look: str) -> str:
     return f'<rect x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}" {look}/>'
 
 
-def by_word(shown: Shown, attention: Mapping[str, RowAttention]) -> str:
+def by_word(shown: Shown, attention: Mapping[str, RowAttention]) -> MapTable:
     """A row for each layer of each run, mean over heads; a column for each word piece. Of many layers, some."""
     means = {label: found.text_to_regions.mean(1) for label, found in attention.items()}  # [N, L, R]
     strongest = _fully_lit(means.values())
@@ -101,7 +110,7 @@ def by_word(shown: Shown, attention: Mapping[str, RowAttention]) -> str:
         for label, mean in means.items()
         if layer < len(mean)
     ]
-    return _table(shown, list(shown.pieces), rows, strongest)
+    return MapTable(list(shown.pieces), rows, strongest)
 
 
 def _fully_lit(weights: Iterable[NDArray[np.floating]]) -> float:
@@ -114,7 +123,7 @@ def _some_layers(count: int) -> list[int]:
     return sorted(set(np.linspace(0, count - 1, min(count, _MOST_LAYERS)).round().astype(int).tolist()))
 
 
-def by_head(shown: Shown, attention: Mapping[str, RowAttention], position: int) -> str:
+def by_head(shown: Shown, attention: Mapping[str, RowAttention], position: int) -> MapTable:
     """A row for each run, a column for each head: what one word piece attends to.
 
     Of more heads than fit, those whose attention to the truth (or to any region) is largest in any run.
@@ -132,16 +141,13 @@ def by_head(shown: Shown, attention: Mapping[str, RowAttention], position: int) 
         (label, [(position, each[layer, head]) for layer, head in heads if layer < len(each)])
         for label, each in weights.items()
     ]
-    return _table(shown, [f"{layer + 1}.{head + 1}" for layer, head in heads], rows, strongest)
+    return MapTable([f"{layer + 1}.{head + 1}" for layer, head in heads], rows, strongest)
 
 
-def _table(
-    shown: Shown,
-    header: Sequence[str],
-    rows: Sequence[tuple[str, Sequence[tuple[int, NDArray[np.floating]]]]],
-    strongest: float,
-) -> str:
-    head = "".join(f"<th>{text(name)}</th>" for name in header)
+def drawn_table(shown: Shown, table: MapTable) -> str:
+    """The maps of a table, with the attention to all regions together below each."""
+    strongest = table.strongest
+    head = "".join(f"<th>{text(name)}</th>" for name in table.header)
     body = "".join(
         f"<tr><th>{text(name)}</th>"
         + "".join(
@@ -150,7 +156,7 @@ def _table(
             for position, weights in cells
         )
         + "</tr>\n"
-        for name, cells in rows
+        for name, cells in table.rows
     )
     return (
         f'<div class="scroll"><table class="maps"><thead><tr><th></th>{head}</tr></thead>\n<tbody>{body}</tbody>'

@@ -176,6 +176,11 @@ class Weights:
         """The head whose weight is most above that with another thing's region."""
         return self._scored(self.right - self.other)
 
+    def above(self) -> NDArray[np.float64]:
+        """[N, A] mean weight above that with another thing's region, over all links."""
+        mean: NDArray[np.float64] = (self.right - self.other).mean(0)
+        return mean
+
     def _scored(self, quality: NDArray[np.float64]) -> "HeadScore":
         mean = quality[self.chosen_on].mean(0)
         layer, head = np.unravel_index(int(mean.argmax()), mean.shape)

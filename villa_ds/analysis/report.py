@@ -7,195 +7,79 @@ import json
 import math
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from villa_ds import __version__
-from villa_ds.analysis.attention import RowAttention, rows_attention
-from villa_ds.analysis.curves import SPAN, draw, draw_one, panels_of
-from villa_ds.analysis.intervals import Estimate, estimate
-from villa_ds.analysis.maps import PictureFolder, Shown, by_head, by_word, definition
+from villa_ds.analysis.curves import SPAN, Panel, draw, draw_one
+from villa_ds.analysis.intervals import Estimate
+from villa_ds.analysis.looking import Found, Inside, compared_links, grouped, look
+from villa_ds.analysis.maps import definition, drawn_table
+from villa_ds.analysis.numbers import ENDS, head_name, numbers
 from villa_ds.analysis.page import Markup, Section, details, figures, note, page, paragraph, table, text
-from villa_ds.analysis.probing import BACKWARD, COREFERENCE, FORWARD, RELATION, Key, Probe, Weights, probe, probes_of
-from villa_ds.analysis.rephrasing import FORMS, Question, question_of, robustness
+from villa_ds.analysis.probing import COREFERENCE, RELATION, Key, Weights
+from villa_ds.analysis.rephrasing import FORMS
 from villa_ds.analysis.runs import TrainedRun, open_runs
-from villa_ds.analysis.table import HEADER, results_of
-from villa_ds.batch import Sample
-from villa_ds.data.convert.extractor import read_picture
-from villa_ds.data.manifest import Manifest, load_manifest
-from villa_ds.data.reader import ShardReader
-from villa_ds.data.transport import join
-from villa_ds.data.wordpiece import WordPieces
-from villa_ds.errors import ConfigError, DataError
+from villa_ds.analysis.table import HEADER, cells_of
+from villa_ds.errors import ConfigError
 from villa_ds.mapping import to_mapping
-from villa_ds.objectives.answers import AnswerScoring
-from villa_ds.train.module import TrainModule
 from villa_ds.train.rundir import FREE_KEYS, differences
 
-if TYPE_CHECKING:
-    from villa_ds.analysis.known import Album, KnownImage
-
-_ENDS = {
-    (COREFERENCE, FORWARD): "word to region",
-    (COREFERENCE, BACKWARD): "region to word",
-    (RELATION, FORWARD): "subject to object",
-    (RELATION, BACKWARD): "object to subject",
-}
-
-
-@dataclass(frozen=True)
-class Inside:
-    """What of a shard set is looked into."""
-
-    place: str | None = None  # a shard set; None: the first run's first held-out set
-    texts: Sequence[str] = ()  # ids of texts whose attention is drawn; without any, probes are
-    maps: int = 4  # texts whose attention is drawn, unless they are named
-    images: int = 600  # at most, that are probed and asked about
-    pictures: Path | None = None  # a folder with the images that the set's names call
-    curves: Path | None = None  # where the training curves are drawn once more, as one PNG
-
-
-@dataclass(frozen=True)
-class _Material:
-    """What is read of a shard set."""
-
-    manifest: Manifest
-    samples: Mapping[str, tuple[str, str, Sample]]  # text id -> image, text, sample; those of `Inside.texts` only
-    probes: Sequence[Probe]
-    questions: Sequence[Question]
-    unknown: int  # questions that could not be rephrased
-    images: int  # that were read
-    known: Mapping[str, "KnownImage"]
+NUMBERS_SUFFIX = ".json"
 
 
 def report(named: Sequence[str], out: Path, inside: Inside, command: str, device: str | None = None) -> Path:
-    """Write the report of runs, each PATH or LABEL=PATH, to `out`.
+    """Write the report of runs, each PATH or LABEL=PATH, to `out`, and its numbers as JSON beside it.
 
     ConfigError, CheckpointError or DataError if a run cannot be read, or does not fit the shard set.
     """
-    runs = open_runs(named)
-    manifest = load_manifest(inside.place or _held_out_set(runs[0]))
-    for run in runs:
-        run.require_fit(manifest)
-    material = _read(manifest, inside, WordPieces(runs[0].pieces))
-    models = {run.label: run.model(manifest, device) for run in runs}
-    notes = _Notes()
+    if out.suffix == NUMBERS_SUFFIX:
+        raise ConfigError(f"--out {out}: is the page's name, and the numbers go beside it: give one that ends in .html")
+    found = look(open_runs(named), inside, device)
+    runs = [run.label for run in found.runs]
+    made = {
+        "made_with": f"villa_ds {__version__}, torch {torch.__version__}, python {platform.python_version()}",
+        "command": command,
+    }
     sections = [
-        Section("compared", "What was compared", _compared(runs, models)),
-        Section("results", "Held-out results", _held_out(runs)),
-        Section("curves", "Training curves", _curves(runs)),
-        Section("attention", "Attention maps", _attention(models, material, inside, notes)),
-        Section("probing", "Probing of the heads", _probing(runs, models, material, notes)),
-        Section("rephrasing", "Rephrased questions", _rephrasing(models, material)),
+        Section("compared", "What was compared", _compared(found)),
+        Section("results", "Held-out results", _held_out(found)),
+        Section("curves", "Training curves", _curves(found)),
+        Section("attention", "Attention maps", _attention(found)),
+        Section("probing", "Probing of the heads", _probing(found)),
+        Section("rephrasing", "Rephrased questions", _rephrasing(found)),
+        Section("made", "How this was made", _made(found, made)),
     ]
-    sections.append(Section("made", "How this was made", _made(runs, material, command, notes)))
     lead = paragraph(
-        f"{' beside '.join(run.label for run in runs)}: how they were trained, what they score, what their attention "
+        f"{' beside '.join(runs)}: how they were trained, what they score, what their attention "
         "looks at, and how they take questions put in other words."
     )
     if inside.curves is not None:
-        draw({run.label: run.rows() for run in runs}, inside.curves)
+        draw({run.label: run.rows() for run in found.runs}, inside.curves)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page("Looking inside trained runs", lead, sections), encoding="utf-8")
+    content = json.dumps(numbers(found) | made, indent=1, ensure_ascii=False, allow_nan=False)
+    out.with_suffix(NUMBERS_SUFFIX).write_text(content + "\n", encoding="utf-8")
     return out
-
-
-@dataclass
-class _Notes:
-    """What is told of how it was made."""
-
-    deviations: dict[str, float] = field(default_factory=dict)  # of recomputed contexts, by run
-
-    def attend(
-        self, label: str, model: TrainModule, samples: Sequence[Sample], manifest: Manifest
-    ) -> Iterator[RowAttention]:
-        """Attention of a run over samples, one after the other; keeps how far the contexts deviate."""
-        for attention, deviation in rows_attention(model.backbone, samples, manifest.vocabulary):
-            self.deviations[label] = max(self.deviations.get(label, 0.0), deviation)
-            yield attention
-
-
-# What is read ---------------------------------------------------------------------------------------------------------
-
-
-def _held_out_set(run: TrainedRun) -> str:
-    places = list(run.recipe.data.validation.values())
-    if not places:
-        raise ConfigError(f"{run.directory}: its recipe names no held-out set: give one with --set FOLDER")
-    return join(run.recipe.data.root, places[0])
-
-
-class _Demo:
-    """The album of the demo's images, opened at the first of them: other sets do without its package."""
-
-    _album: "Album | None" = None
-
-    def known(self, name: str) -> "KnownImage | None":
-        """What an image shows; None if that is not known."""
-        if not name.startswith("easy_vqa/"):
-            return None
-        if self._album is None:
-            from villa_ds.analysis.known import Album  # noqa: PLC0415  # needs the package
-
-            self._album = Album()
-        return self._album.known(name)
-
-
-def _read(manifest: Manifest, inside: Inside, word_pieces: WordPieces) -> _Material:
-    reader, album = ShardReader(manifest), _Demo()
-    named: dict[str, tuple[str, str, Sample]] = {}
-    known: dict[str, KnownImage] = {}
-    probes: list[Probe] = []
-    questions: list[Question] = []
-    unknown = 0
-    wanted = set(inside.texts) or {name.decode() for name in manifest.index["pair_id"][: inside.maps].tolist()}
-    groups = manifest.index["pair_group"]
-    ids = manifest.index["pair_id"].astype(str)
-    for pair, identifier in enumerate(ids.tolist()):
-        group = int(groups[pair])
-        if group >= inside.images and identifier not in wanted:
-            continue
-        sample = reader.sample(pair)
-        image, words = sample.regions.images[0].name, word_pieces.decode(sample.word_pieces.tolist())
-        first = pair == 0 or groups[pair - 1] != group
-        alone = len(sample.regions.images) == 1
-        found = album.known(image) if first and alone else known.get(image)
-        if found is not None:
-            known[image] = found
-        if identifier in wanted:
-            named[identifier] = image, words, sample
-        if group >= inside.images:
-            continue
-        if first and found is not None:
-            probes += probes_of(found, sample, word_pieces)
-        if manifest.answers:
-            question = question_of(words, image, sample, word_pieces)
-            unknown += question is None
-            questions += [] if question is None else [question]
-    missing = [name for name in inside.texts if name not in named]
-    if missing:
-        raise DataError(f"--text {missing[0]!r}: {manifest.store} has no text of this id")
-    return _Material(manifest, named, probes, questions, unknown, min(inside.images, manifest.num_groups), known)
 
 
 # Sections -------------------------------------------------------------------------------------------------------------
 
 
-def _compared(runs: Sequence[TrainedRun], models: Mapping[str, TrainModule]) -> str:
+def _compared(found: Found) -> str:
     rows = []
-    for run in runs:
+    for run in found.runs:
         phases = "; ".join(
             f"{phase.steps} {'standard' if phase.adversary is None else 'adversarial'}" for phase in run.recipe.phases
         )
-        millions = sum(parameter.numel() for parameter in models[run.label].parameters()) / 1e6
+        millions = found.parameters[run.label] / 1e6
         rows.append((run.label, run.recipe.name, ", ".join(run.tasks), phases, f"{run.step:,}", f"{millions:.2f}"))
     body = table(("run", "recipe", "tasks", "optimizer steps", "checkpoint", "million parameters"), rows, "", 4)
-    for tasks, group in _grouped(runs).items():
+    for tasks, group in grouped(found.runs).items():
         changed = _differing(group)
         if changed:
             body += f"<h3>Where the recipes for {text(', '.join(tasks))} differ</h3>"
@@ -203,14 +87,6 @@ def _compared(runs: Sequence[TrainedRun], models: Mapping[str, TrainModule]) -> 
         elif len(group) > 1:
             body += note(f"The recipes for {', '.join(tasks)} are the same, but for where they lie.")
     return body
-
-
-def _grouped(runs: Sequence[TrainedRun]) -> dict[tuple[str, ...], list[TrainedRun]]:
-    """Runs of the same objectives."""
-    groups: dict[tuple[str, ...], list[TrainedRun]] = {}
-    for run in runs:
-        groups.setdefault(run.tasks, []).append(run)
-    return groups
 
 
 def _differing(runs: Sequence[TrainedRun]) -> list[tuple[object, ...]]:
@@ -240,15 +116,10 @@ def _value(value: Any) -> object:
     return "none" if value is None else value
 
 
-def _held_out(runs: Sequence[TrainedRun]) -> str:
-    rows: list[tuple[str, ...]] = []
-    missing = []
-    for run in runs:
-        try:
-            rows += results_of(run.label, run.directory)
-        except ConfigError:
-            missing.append(run.label)
-    body = table(HEADER, rows, numbers_from=2) if rows else ""
+def _held_out(found: Found) -> str:
+    told = {row.run for row in found.results}
+    missing = [run.label for run in found.runs if run.label not in told]
+    body = table(HEADER, map(cells_of, found.results), numbers_from=2) if told else ""
     body += note(
         "The newest villa-ds evaluate of each run counts; without one, the validation at its end.",
         "The majority baseline always gives the commonest answer.",
@@ -256,18 +127,16 @@ def _held_out(runs: Sequence[TrainedRun]) -> str:
     return body + (note(f"Not evaluated: {', '.join(missing)}.") if missing else "")
 
 
-def _curves(runs: Sequence[TrainedRun]) -> str:
+def _curves(found: Found) -> str:
     body = note(
         f"Faint: every optimizer step; line: mean, weighted over 1/{SPAN} of the run to either side.",
         "Dashed: where a phase begins.",
     )
-    order = [run.label for run in runs]
-    groups = _grouped(runs)
+    order = [run.label for run in found.runs]
     with tempfile.TemporaryDirectory(prefix="villa-ds-") as scratch:
-        for tasks, group in groups.items():
-            rows = {run.label: run.rows() for run in group}
+        for tasks, panels in found.curves:
             drawn = []
-            for panel in panels_of(rows):
+            for panel in panels:
                 path = draw_one(panel, order, Path(scratch) / "panel.png")
                 drawn.append(
                     (
@@ -275,79 +144,41 @@ def _curves(runs: Sequence[TrainedRun]) -> str:
                         f"{panel.name} of {', '.join(each.run for each in panel.series)}",
                     )
                 )
-            if len(groups) > 1:
+            if len(found.curves) > 1:
                 body += f"<h3>{text(', '.join(tasks))}</h3>"
             body += figures(drawn) if drawn else note("No metrics.jsonl beside the checkpoint: no curves.")
+            body += details("Where they end", _ends(panels)) if panels else ""
     return body
 
 
-def _attention(models: Mapping[str, TrainModule], material: _Material, inside: Inside, notes: _Notes) -> str:
-    chosen = [] if inside.texts else _chosen_probes(material.probes, inside.maps)
-    folder = None if inside.pictures is None else PictureFolder(inside.pictures)
+def _ends(panels: Sequence[Panel]) -> str:
+    rows = [
+        (panel.name, series.run, f"{int(series.steps[-1]):,}", f"{series.values[-1]:.4g}", f"{series.smoothed[-1]:.4g}")
+        for panel in panels
+        for series in panel.series
+    ]
+    return table(("", "run", "last step", "value", "mean"), _without_repeats(rows, 1), numbers_from=2)
+
+
+def _attention(found: Found) -> str:
     body = note(
         "Each map shows how much of its attention a word piece gives to each region: the brighter, the more.",
         "Rows are layers of each run, averaged over heads; folded below, the heads of one word (layer.head).",
         "Green frame: the region of the thing that the word is about, where that is known.",
     )
-    entries: list[tuple[str, str, Sample, Probe | None]] = [
-        (each.image, each.text, each.sample, each) for each in chosen
-    ] or [(*material.samples[name], None) for name in (inside.texts or list(material.samples))]
-    attentions = {
-        label: list(notes.attend(label, model, [entry[2] for entry in entries], material.manifest))
-        for label, model in models.items()
-    }
-    pieces = WordPieces(material.manifest.read_pieces())
-    for number, (image, words, sample, found) in enumerate(entries):
-        truth = {} if found is None else found.described
-        shown = Shown(
-            f"picture{number}",
-            ["[CLS]", *(pieces.pieces[piece] for piece in sample.word_pieces.tolist()), "[SEP]"],
-            sample.regions.boxes,
-            _pixels(image, material, folder),
-            truth,
-        )
-        of_row = {label: rows[number] for label, rows in attentions.items()}
-        described = next(iter(truth), 1)
-        body += f"<h3>“{text(words)}”</h3>" + definition(shown) + note(image) + by_word(shown, of_row)
-        body += details(f"All heads, for “{shown.pieces[described]}”", by_head(shown, of_row, described))
+    for each in found.drawn:
+        shown = each.shown
+        body += f"<h3>“{text(each.text)}”</h3>" + definition(shown) + note(each.image) + drawn_table(shown, each.words)
+        body += details(f"All heads, for “{shown.pieces[each.described]}”", drawn_table(shown, each.heads))
     return body
 
 
-def _chosen_probes(probes: Sequence[Probe], count: int) -> list[Probe]:
-    """Of the images with the most to tell apart, in turn a caption and a relation."""
-    fullest = sorted(probes, key=lambda each: -max((len(link.others) for link in each.links), default=0))
-    kinds = {
-        task: [each for each in fullest if any(link.task == task for link in each.links)]
-        for task in (COREFERENCE, RELATION)
-    }
-    chosen: list[Probe] = []
-    used: set[str] = set()
-    while len(chosen) < count:
-        task = (COREFERENCE, RELATION)[len(chosen) % 2]
-        left = [each for each in kinds[task] or fullest if each.image not in used]
-        if not left:
-            break
-        chosen.append(left[0])
-        used.add(left[0].image)
-    return chosen
-
-
-def _pixels(image: str, material: _Material, folder: PictureFolder | None) -> Any:
-    if folder is not None and (path := folder.path_of(image)) is not None:
-        return read_picture(image, path)
-    return material.known[image].pixels if image in material.known else None
-
-
-def _probing(runs: Sequence[TrainedRun], models: Mapping[str, TrainModule], material: _Material, notes: _Notes) -> str:
-    if not material.probes:
+def _probing(found: Found) -> str:
+    probes, weights = found.material.probes, found.links
+    if not probes:
         return note("What the images of this set show is not known, so there is nothing to hold attention against.")
-    samples = [each.sample for each in material.probes]
-    weights = {
-        label: probe(material.probes, notes.attend(label, model, samples, material.manifest))
-        for label, model in models.items()
-    }
     body = paragraph(
-        f"{len(material.probes):,} texts made for {len({each.image for each in material.probes}):,} images whose truth "
+        f"{len(probes):,} texts made for {len({each.image for each in probes}):,} images whose truth "
         "is known. Coreference: the largest attention between a word and the region of the thing that it is about.",
         "Relation: the attention between the regions of two things of which the text says how they stand.",
         "Heads are chosen on every other image and scored on the rest; intervals are 95% over images.",
@@ -356,7 +187,7 @@ def _probing(runs: Sequence[TrainedRun], models: Mapping[str, TrainModule], mate
     if not keys:
         return body + note("There are too few of these images.")
     body += _largest_table(keys, weights)
-    pairs = [(run.label, group[0].label) for group in _grouped(runs).values() for run in group[1:]]
+    pairs = [(run.label, group[0].label) for group in grouped(found.runs).values() for run in group[1:]]
     if pairs:
         body += _difference_table(keys, weights, pairs)
     for task in (COREFERENCE, RELATION):
@@ -367,8 +198,8 @@ def _probing(runs: Sequence[TrainedRun], models: Mapping[str, TrainModule], mate
         "The most telling head is the one whose weight is most above what it gives to the region of another thing of "
         "the same image instead. Right first: how often the right region gets more than every other thing's.",
     )
-    for label, found in weights.items():
-        body += details(f"All heads of {label}", _heat(found))
+    for label, own_links in weights.items():
+        body += details(f"All heads of {label}", _heat(own_links))
     return body
 
 
@@ -376,8 +207,8 @@ def _largest_table(keys: Sequence[Key], weights: Mapping[str, Mapping[Key, Weigh
     rows = []
     for key in keys:
         scores = [found[key].largest() for found in weights.values()]
-        cells = [f"{_interval(score.right)} ({_head(score.head)})" for score in scores]
-        rows.append((key[0], key[1], _ENDS[key[0], key[2]], *cells, f"{scores[0].uniform:.3f}"))
+        cells = [f"{_interval(score.right)} ({head_name(score.head)})" for score in scores]
+        rows.append((key[0], key[1], ENDS[key[0], key[2]], *cells, f"{scores[0].uniform:.3f}"))
     header = ("", "link", "direction", *weights, "uniform")
     caption = "Largest mean weight of any head (layer.head), as in the paper's Table 4; and of uniform attention"
     return table(header, _without_repeats(rows, 2), caption, numbers_from=3)
@@ -391,9 +222,8 @@ def _difference_table(
     for key in keys:
         cells = []
         for label, base in pairs:
-            score, other = weights[label][key].largest(), weights[base][key].largest()
-            cells.append(_interval(estimate(score.weights - other.weights, score.images), signed=True))
-        rows.append((key[0], key[1], _ENDS[key[0], key[2]], *cells))
+            cells.append(_interval(compared_links(weights[label][key], weights[base][key]), signed=True))
+        rows.append((key[0], key[1], ENDS[key[0], key[2]], *cells))
     header = ("", "link", "direction", *(f"{label} − {base}" for label, base in pairs))
     return table(header, _without_repeats(rows, 2), "Differences of these, link by link", numbers_from=3)
 
@@ -406,7 +236,7 @@ def _telling_table(keys: Sequence[Key], weights: Mapping[str, Mapping[Key, Weigh
             score = found[key].most_telling()
             values = (*map(_interval, (score.right, score.other)), _interval(score.above, signed=True))
             shares = (_interval(score.hits), f"{score.chance:.3f}", f"{score.right.count:,}")
-            rows.append((key[1], _ENDS[key[0], key[2]], label, _head(score.head), *values, *shares))
+            rows.append((key[1], ENDS[key[0], key[2]], label, head_name(score.head), *values, *shares))
     return table(header, _without_repeats(rows, 2), numbers_from=3)
 
 
@@ -428,7 +258,7 @@ def _heat(found: Mapping[Key, Weights]) -> str:
     )
     first = next(iter(found.values()))
     _, layers, heads = first.right.shape
-    means = {key: (each.right - each.other).mean(0) for key, each in found.items()}
+    means = {key: each.above() for key, each in found.items()}
     strongest = max(float(np.abs(each).max()) for each in means.values()) or 1.0
     columns = [(layer, head) for layer in range(layers) for head in range(heads)]
     rows = []
@@ -438,16 +268,12 @@ def _heat(found: Mapping[Key, Weights]) -> str:
             value = _rounded(float(mean[layer, head]))
             colour = "213,94,0" if value > 0 else "0,114,178"
             cells.append(f'<td style="background:rgba({colour},{0.75 * abs(value) / strongest:.2f})">{value:.3f}</td>')
-        rows.append(f"<tr><th>{text(key[1])}, {text(_ENDS[key[0], key[2]])}</th>{''.join(cells)}</tr>")
-    head_cells = "".join(f"<th>{_head(each)}</th>" for each in columns)
+        rows.append(f"<tr><th>{text(key[1])}, {text(ENDS[key[0], key[2]])}</th>{''.join(cells)}</tr>")
+    head_cells = "".join(f"<th>{head_name(each)}</th>" for each in columns)
     return body + (
         f'<div class="scroll"><table class="heat"><thead><tr><th>layer.head</th>{head_cells}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-
-
-def _head(head: tuple[int, int]) -> str:
-    return f"{head[0] + 1}.{head[1] + 1}"
 
 
 def _interval(found: Estimate, *, signed: bool = False) -> str:
@@ -460,22 +286,12 @@ def _rounded(value: float) -> float:
     return round(value, 3) + 0.0
 
 
-def _rephrasing(models: Mapping[str, TrainModule], material: _Material) -> str:
-    answering = {
-        label: (model, objective.held_out())
-        for label, model in models.items()
-        for objective in model.objectives.values()
-        if isinstance(objective, AnswerScoring) and objective.name == "vqa"
-    }
-    if not answering:
+def _rephrasing(looked: Found) -> str:
+    if not looked.answering:
         return note("None of the runs answers questions.")
-    if not material.questions:
+    material, found = looked.material, looked.robustness
+    if not found:
         return note("The set has no questions of the kinds that can be rephrased.")
-    found = {
-        label: robustness(model, objective, material.questions)
-        for label, (model, objective) in answering.items()
-        if isinstance(objective, AnswerScoring)
-    }
     example = material.questions[0]
     body = paragraph(
         f"{len(material.questions):,} questions, each as it was asked and in {FORMS - 1} other forms with the same "
@@ -503,28 +319,29 @@ def _rephrasing(models: Mapping[str, TrainModule], material: _Material) -> str:
     return body + table(("kind of question", "questions", *named), per_kind, "accuracy by kind of question")
 
 
-def _made(runs: Sequence[TrainedRun], material: _Material, command: str, notes: _Notes) -> str:
-    manifest = material.manifest
+def _made(found: Found, made: Mapping[str, str]) -> str:
+    manifest = found.material.manifest
+    looked_at = f"the first {found.material.images:,} of {manifest.num_groups:,} image groups"
     rows = [
-        ("command", Markup(f"<code>{text(command)}</code>")),
-        ("looked into", f"{manifest.store}: the first {material.images:,} of {manifest.num_groups:,} image groups"),
+        ("command", Markup(f"<code>{text(made['command'])}</code>")),
+        ("looked into", f"{manifest.store}: {looked_at}"),
         ("fingerprint of the set", manifest.fingerprint),
         ("source of the set", manifest.source),
-        *((f"checkpoint of {run.label}", str(run.checkpoint)) for run in runs),
+        *((f"checkpoint of {run.label}", str(run.checkpoint)) for run in found.runs),
         *(
             (
                 f"trained with ({run.label})",
                 ", ".join(f"{name} {value}" for name, value in run.state["versions"].items()),
             )
-            for run in runs
+            for run in found.runs
         ),
-        ("made with", f"villa_ds {__version__}, torch {torch.__version__}, python {platform.python_version()}"),
+        ("made with", made["made_with"]),
         *(
             (
                 f"attention of {label}",
                 f"recomputed; the contexts that follow from it differ from the model's by at most {value:.1e}",
             )
-            for label, value in notes.deviations.items()
+            for label, value in found.deviations.items()
         ),
     ]
     return table(("what", "how"), rows, numbers_from=2)

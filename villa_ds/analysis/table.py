@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from villa_ds.errors import ConfigError
@@ -17,18 +18,41 @@ def compare(runs: Sequence[Path]) -> str:
 
     A run's newest `villa-ds evaluate` counts; without one, the validation at its end.
     """
-    rows = [HEADER, *(row for run in runs for row in results_of(run.name, run))]
+    rows = [HEADER, *(cells_of(row) for run in runs for row in results_of(run.name, run))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 
 
-def results_of(label: str, run: Path) -> Iterable[tuple[str, ...]]:
-    """The rows of one run directory under `HEADER`. ConfigError if it has no results."""
-    for task, values in _results(run).items():
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run scores in one task; None where it does not tell."""
+
+    run: str
+    task: str
+    loss: float | None
+    accuracy: float | None
+    majority_baseline: float | None
+
+
+def results_of(label: str, run: Path, *, required: bool = True) -> Iterable[Result]:
+    """The results of one run directory. ConfigError if it has none and they are `required`."""
+    try:
+        results = _results(run)
+    except ConfigError:
+        if required:
+            raise
+        return
+    for task, values in results.items():
         accuracy = next((values[name] for name in ACCURACIES if name in values), None)
-        yield label, task, _number(values.get("loss")), _number(accuracy), _number(values.get(MAJORITY))
+        yield Result(label, task, values.get("loss"), accuracy, values.get(MAJORITY))
+
+
+def cells_of(result: Result) -> tuple[str, ...]:
+    """A row under `HEADER`."""
+    numbers = (result.loss, result.accuracy, result.majority_baseline)
+    return result.run, result.task, *map(_number, numbers)
 
 
 def _results(run: Path) -> dict[str, dict[str, float]]:
