@@ -25,7 +25,10 @@ ROOT = Path(__file__).parents[2]
 PATHS = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
 NAMES = [path.stem for path in PATHS]
 LANES = 2
-SCENES = ("demo-scenes-pretrain", *(f"demo-{task}" for task in ("scenes-vqa", "ve", "nlvr2", "vcr", "re", "retrieval")))
+SCENES = (
+    "demo-scenes-pretrain", "demo-vcr-pretrain",
+    *(f"demo-{task}" for task in ("scenes-vqa", "ve", "nlvr2", "vcr", "re", "retrieval")),
+)  # fmt: skip
 # The same recipe at a width and on batches that a laptop steps through in a moment.
 SMALL = (
     "model.hidden_size=16", "model.num_hidden_layers=1", "model.num_attention_heads=2", "model.intermediate_size=16",
