@@ -7,12 +7,13 @@
     python benchmarks/ablation.py SHARDS WORK --report
 
 Pre-trains twice for each pre-training seed, without and with an adversarial last phase (equal steps), then fine-tunes
-each task from these weights in each variant with each seed, and evaluates on the validation and the test split. A
-*cell* is a task, a variant, a pre-training seed and a seed of fine-tuning; a finished one is a JSON file under
-RESULTS/cells/, and one that is there is not run again, so the script can be stopped and started at will. WORK takes the
-runs; a fine-tuning run is deleted when its cell is written. Every call ends with the report of all cells that are
-there: RESULTS/table.md, pretrainings.md, study.md, table.json and pictures. RESULTS is WORK/results; what is published
-is in `benchmarks/results/ablation`, and only a call that names it (`--results`) adds to it.
+each task from these weights in each variant with each seed, and evaluates on the validation and the test split; VCR has
+a second stage of pre-training between, plain or adversarial as the first. A *cell* is a task, a variant, a pre-training
+seed and a seed of fine-tuning; a finished one is a JSON file under RESULTS/cells/, and one that is there is not run
+again, so the script can be stopped and started at will. WORK takes the runs; a fine-tuning run is deleted when its cell
+is written. Every call ends with the report of all cells that are there: RESULTS/table.md, pretrainings.md, study.md,
+table.json and pictures. RESULTS is WORK/results; what is published is in `benchmarks/results/ablation`, and only a call
+that names it (`--results`) adds to it.
 
 Settings are those of the shipped recipes, which were chosen on validation splits; the study of single settings
 (`--study`) looks at nothing else either, and writes its cells to RESULTS/study/.
@@ -44,7 +45,7 @@ from villa_ds.resources import find_recipe
 from villa_ds.train.loop import train
 from villa_ds.train.predict import evaluate_checkpoint
 
-PRETRAIN = "demo-scenes-pretrain"
+FIRST_STAGE = "demo-scenes-pretrain"
 TABLE = tuple((task, VARIANTS) for task in TASKS)
 POINTS = 5  # validations of a run
 # What a recipe may differ in without a run's numbers being others.
@@ -59,9 +60,14 @@ class Places:
     work: Path
     results: Path
 
-    def pretraining(self, weights: str, seed: int) -> Path:
-        """The run whose weights fine-tuning starts from."""
-        return self.work / f"pretrain-{weights}-{seed}"
+    def pretraining(self, weights: str, seed: int, stage: str = FIRST_STAGE) -> Path:
+        """The run of a stage whose weights fine-tuning, or the next stage, starts from."""
+        return self.work / f"{name_of(stage)}-{weights}-{seed}"
+
+
+def name_of(stage: str) -> str:
+    """A stage's recipe in names of files."""
+    return "pretrain" if stage == FIRST_STAGE else stage.removeprefix("demo-")
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,11 @@ class Cell:
         folder = self.places.results / ("study" if self.study else "cells") / self.task.name / self.variant.name
         return folder / f"pretrain-{self.pretrain_seed}-seed-{self.seed}.json"
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Recipes of the pre-training before it, in order."""
+        return (FIRST_STAGE, *filter(None, [self.task.second_stage]))
+
     def recipe(self) -> Recipe:
         """The task's recipe as this cell runs it."""
         source = find_recipe(self.task.recipe)
@@ -94,7 +105,7 @@ class Cell:
                 *chosen,
                 f"data.root={self.places.shards}",
                 f"output={self.places.work / (('study-' if self.study else '') + name)}",
-                f"initialize={self.places.pretraining(self.variant.weights, self.pretrain_seed)}",
+                f"initialize={self.places.pretraining(self.variant.weights, self.pretrain_seed, self.stages[-1])}",
                 f"seed={self.seed}",
                 f"phases.0.steps={steps}",
                 f"checkpoints.every={steps}",
@@ -104,10 +115,17 @@ class Cell:
         )
 
 
-def pretraining(weights: str, seed: int, places: Places, extra: Sequence[str] = ()) -> Recipe:
-    """The run whose weights fine-tuning starts from, with overrides from the command line."""
-    chosen = [*extra, f"data.root={places.shards}", f"output={places.pretraining(weights, seed)}", f"seed={seed}"]
-    return load_recipe(find_recipe(PRETRAIN), [*chosen, *(["phases.1.adversary=null"] if weights == "plain" else [])])
+def pretraining(weights: str, seed: int, places: Places, extra: Sequence[str] = (), stage: str = FIRST_STAGE) -> Recipe:
+    """The run whose weights fine-tuning starts from, with overrides from the command line.
+
+    A second stage starts from the first, and is plain or adversarial as that.
+    """
+    chosen = [*extra, f"data.root={places.shards}", f"output={places.pretraining(weights, seed, stage)}"]
+    if stage != FIRST_STAGE:
+        chosen.append(f"initialize={places.pretraining(weights, seed)}")
+    if weights == "plain":
+        chosen.append("phases.1.adversary=null")
+    return load_recipe(find_recipe(stage), [*chosen, f"seed={seed}"])
 
 
 def pretrain(recipe: Recipe, path: Path) -> None:
@@ -236,9 +254,11 @@ def run_missing(parsed: argparse.Namespace, places: Places) -> None:
         require_same_settings(cell.recipe(), sorted(cell.path.parent.glob("*.json")))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     missing = [cell for cell in cells if not cell.path.exists()]
-    for weights, seed in sorted({(cell.variant.weights, cell.pretrain_seed) for cell in missing}):
-        path = places.results / "cells" / f"pretrain-{weights}-{seed}.json"
-        pretrain(pretraining(weights, seed, places, parsed.pretrain_set), path)
+    wanted = {(cell.stages.index(stage), cell.variant.weights, cell.pretrain_seed, stage)
+              for cell in missing for stage in cell.stages}  # fmt: skip
+    for _, weights, seed, stage in sorted(wanted):
+        path = places.results / "cells" / f"{name_of(stage)}-{weights}-{seed}.json"
+        pretrain(pretraining(weights, seed, places, parsed.pretrain_set, stage), path)
     for number, handler in handlers.items():  # a run watches for signals; what follows it should end at once
         signal.signal(number, handler)
     for cell in in_order(run, missing, parsed.processes):
@@ -256,7 +276,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--results", type=Path, help="where cells and tables are (default: WORK/results)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--pretrain-seeds", type=int, nargs="+", default=[load_recipe(find_recipe(PRETRAIN)).seed])
+    parser.add_argument("--pretrain-seeds", type=int, nargs="+", default=[load_recipe(find_recipe(FIRST_STAGE)).seed])
     parser.add_argument("--tasks", nargs="+", choices=_names(task for task, _ in (*TABLE, *STUDY)), help="default: all")
     parser.add_argument(
         "--variants", nargs="+", choices=_names(one for _, variants in (*TABLE, *STUDY) for one in variants),

@@ -31,6 +31,7 @@ class Task:
     result: str
     metric: str
     overrides: tuple[str, ...] = ()
+    second_stage: str | None = None  # the recipe of a pre-training between the first and this
 
 
 def step_sizes(text: float, image: float) -> tuple[str, ...]:
@@ -86,7 +87,7 @@ TASKS = (
     VQA,
     Task("ve", "demo-ve", "ve", "ve/ve", "accuracy", ("data.sets.ve=ve/few", "phases.0.steps=300")),
     Task("nlvr2", "demo-nlvr2", "nlvr2", "nlvr2/nlvr2", "accuracy"),
-    Task("vcr", "demo-vcr", "vcr", "vcr/vcr", "accuracy"),
+    Task("vcr", "demo-vcr", "vcr", "vcr/vcr", "accuracy", second_stage="demo-vcr-pretrain"),
     Task("re", "demo-re", "re", "re/refexp", "accuracy"),
     Task("retrieval", "demo-retrieval", "retrieval", "retrieval/retrieval", "accuracy"),
 )

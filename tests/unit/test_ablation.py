@@ -1,5 +1,6 @@
 """The ablation: its arithmetic, what a cell runs, which results do not mix; published tables against their cells."""
 
+import argparse
 import json
 import math
 import re
@@ -9,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from villa_ds.config import Recipe
 from villa_ds.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -153,6 +155,32 @@ def test_equal_compute_means_as_many_forward_passes(ablation: ModuleType, tmp_pa
     assert villa == {"villa-pre", "villa"}
     pretraining = ablation.pretraining("plain", 43, places)
     assert (pretraining.seed, [phase.adversary for phase in pretraining.phases]) == (43, [None, None])
+
+
+def test_vcr_has_a_second_stage_between(ablation: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    places = ablation.Places(tmp_path, tmp_path / "w", tmp_path / "r")
+    ran: list[tuple[str, str, str | None, bool]] = []
+
+    def stage(recipe: Recipe, path: Path) -> None:
+        ran.append((recipe.name, path.name, recipe.initialize, recipe.phases[1].adversary is None))
+
+    monkeypatch.setattr(ablation, "pretrain", stage)
+    monkeypatch.setattr(ablation, "in_order", lambda _, missing, __: [])
+    parsed = argparse.Namespace(
+        tasks=["vcr", "ve"], variants=["uniter", "villa"], seeds=[1], pretrain_seeds=[43], pretrain_set=[], set=[],
+        study=False, processes=1,
+    )  # fmt: skip
+    ablation.run_missing(parsed, places)
+    assert [row[:2] for row in ran] == [
+        ("demo-scenes-pretrain", "pretrain-plain-43.json"), ("demo-scenes-pretrain", "pretrain-villa-43.json"),
+        ("demo-vcr-pretrain", "vcr-pretrain-plain-43.json"), ("demo-vcr-pretrain", "vcr-pretrain-villa-43.json"),
+    ]  # fmt: skip
+    assert [row[2:] for row in ran[2:]] == [
+        (f"{tmp_path}/w/pretrain-plain-43", True), (f"{tmp_path}/w/pretrain-villa-43", False),
+    ]  # fmt: skip
+    starts = {cell.task.name: cell.recipe().initialize for cell in ablation.cells_of(parsed, places)
+              if cell.variant.name == "villa"}  # fmt: skip
+    assert starts == {"vcr": f"{tmp_path}/w/vcr-pretrain-villa-43", "ve": f"{tmp_path}/w/pretrain-villa-43"}
 
 
 def test_the_study_varies_one_thing_and_has_names_of_its_own(ablation: ModuleType, tmp_path: Path) -> None:
