@@ -59,7 +59,7 @@ def test_loads_and_is_documented(path: Path) -> None:
 STEPPED = [
     path for path in PATHS
     if ("extends:" not in path.read_text(encoding="utf-8") and "-uniter-" not in path.stem.removeprefix("vqa-"))
-    or path.stem.endswith("-villa-base") or path.stem == "vcr-pretrain-uniter-base"
+    or path.stem.endswith("-villa-base")
 ]  # fmt: skip
 
 
@@ -198,6 +198,7 @@ TUNED = {
     "vcr-villa-base": Tuned(20, 4 * 4000, 8000, 800, 6e-5, 5, 1000, adversary=("both", 1e-2, 1.5)),
     "vcr-villa-large": Tuned(40, 4 * 2000, 10000, 1000, 6e-5, 10, 1000, 88, adversary=("both", 1e-1, 1.0)),
 }
+SECOND_STAGES = ("vcr-pretrain-villa-base", "vcr-pretrain-villa-large")
 for key, rate, steps, warmup in (
     ("refcoco", 1e-4, 24000, 1500), ("refcoco-plus", 6e-5, 10000, 1000), ("refcocog", 1e-4, 24000, 1500),
 ):  # fmt: skip
@@ -236,7 +237,7 @@ def test_fine_tuning_numbers(name: str) -> None:
 
 
 def test_every_recipe_has_its_numbers_checked() -> None:
-    assert set(NAMES) - set(DERIVED) - set(TUNED) == {name for name in NAMES if name.startswith("demo-")}
+    assert set(NAMES) - set(DERIVED) - set(TUNED) - set(SECOND_STAGES) == {name for name in NAMES if name.startswith("demo-")}
 
 
 @pytest.mark.parametrize("name", sorted(DERIVED))
@@ -296,14 +297,29 @@ def test_vqa_adversary_is_the_released_loop(size: str, step_size: float, kl_weig
     assert recipe.objectives.vqa.num_answers == 3129
 
 
+SAME = ("seed", "model", "data", "tasks", "objectives", "optimizer", "engine", "validation")
+
+
 @pytest.mark.parametrize(("size", "adversarial"), [("base", 100_000), ("large", 75_000)])
 def test_villa_is_uniter_with_a_last_adversarial_phase(size: str, adversarial: int) -> None:
     folder = ROOT / "launch" / "recipes"
     villa, uniter = load_recipe(folder / f"villa-{size}.yaml"), load_recipe(folder / f"uniter-{size}.yaml")
     assert [phase.steps for phase in villa.phases] == [uniter.total_steps - adversarial, adversarial]
     adversary_of(villa)
-    same = ("seed", "initialize", "model", "data", "tasks", "objectives", "optimizer", "engine", "validation")
+    same = (*SAME, "initialize")
     assert {key: getattr(villa, key) for key in same} == {key: getattr(uniter, key) for key in same}
+
+
+@pytest.mark.parametrize("name", SECOND_STAGES)
+def test_villas_second_stage_is_uniters_with_the_adversary_and_share_of_the_first(name: str) -> None:
+    folder, size = ROOT / "launch" / "recipes", name.rpartition("-")[2]
+    villa, uniter = load_recipe(folder / f"{name}.yaml"), load_recipe(folder / f"vcr-pretrain-uniter-{size}.yaml")
+    first = load_recipe(folder / f"villa-{size}.yaml")
+    assert {key: getattr(villa, key) for key in SAME} == {key: getattr(uniter, key) for key in SAME}
+    assert villa.initialize == f"pretrained/villa-{size}.pt"
+    assert adversary_of(villa) == adversary_of(first)
+    assert villa.total_steps == uniter.total_steps == 45_000
+    assert villa.phases[1].steps / villa.total_steps == first.phases[1].steps / first.total_steps
 
 
 @pytest.mark.parametrize(
