@@ -237,7 +237,9 @@ def test_fine_tuning_numbers(name: str) -> None:
 
 
 def test_every_recipe_has_its_numbers_checked() -> None:
-    assert set(NAMES) - set(DERIVED) - set(TUNED) - set(SECOND_STAGES) == {name for name in NAMES if name.startswith("demo-")}
+    assert set(NAMES) - set(DERIVED) - set(TUNED) - set(SECOND_STAGES) == {
+        name for name in NAMES if name.startswith("demo-")
+    }
 
 
 @pytest.mark.parametrize("name", sorted(DERIVED))
