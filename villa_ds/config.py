@@ -204,10 +204,12 @@ class ValidationConfig:
 
     every: int = 0  # optimizer steps; 0: at the end of the run only
     micro_batches: int = 0  # bound a task; 0: the whole set
+    gallery: int = 0  # retrieval: recall among so many images, the first of the set, with their texts; 0: none
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "every", self.every, "give 0 or more")
         require(self.micro_batches >= 0, "micro_batches", self.micro_batches, "give 0 or more")
+        require(self.gallery >= 0, "gallery", self.gallery, "give 0 or more; more than there are images takes all")
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,22 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from tests.downstream import make_task_shards
 from tests.runs import make_data, tiny_recipe, write_recipe
 from tests.tiny import tiny_batch, tiny_module
 from villa_ds.batch import Batch
 from villa_ds.cli import main
 from villa_ds.config import Recipe, load_recipe
+from villa_ds.data.manifest import load_manifest
 from villa_ds.mapping import from_mapping
 from villa_ds.train.ensemble import Ensemble, averaged
+from villa_ds.train.gallery import recalls
 from villa_ds.train.loop import train
-from villa_ds.train.predict import evaluate_checkpoint
+from villa_ds.train.predict import evaluate_checkpoint, evaluate_ensemble
 
 CPU = torch.device("cpu")
 
@@ -121,6 +125,40 @@ def test_evaluate_takes_several_checkpoints(runs: tuple[Path, list[Path]], capsy
         expected = (singles[0][row["id"]] + singles[1][row["id"]]) / 2
         assert row["matched_probability"] == pytest.approx(expected, rel=1e-4)
     train(dataclasses.replace(recipe, output=str(path.parent / "together")))  # what was written bars no run
+
+
+def test_recall_of_an_ensemble_and_of_its_members(tmp_path: Path) -> None:
+    """Members' recall is that of evaluating them alone; the ensemble ranks by the mean of their scores."""
+    for name, seed in (("train", 0), ("held-out", 1)):
+        make_task_shards(tmp_path / name, "retrieval", groups=8, seed=seed)
+    recipes = []
+    for seed in (1, 2):
+        values = tiny_recipe(
+            tmp_path, tmp_path / f"run{seed}", seed=seed, tasks=[{"data": "demo", "objective": "retrieval"}],
+            phases=[{"name": "short", "steps": 1}], optimizer={"learning_rate": 0.02},
+        )  # fmt: skip
+        values["data"] |= {"tokens": 300, "rows_multiple": 1}
+        recipes.append(from_mapping(Recipe, values, ""))
+        train(recipes[-1])
+    folders = [evaluate_checkpoint(recipe, None) for recipe in recipes]
+    alone = [json.loads((folder / "metrics.json").read_text())["demo/retrieval"] for folder in folders]
+    together = dataclasses.replace(recipes[0], output=str(tmp_path / "together"))
+    out = evaluate_ensemble(together, [recipe.run_directory for recipe in recipes])
+    members = json.loads((out / "members.json").read_text())
+    for found, expected in zip(members.values(), alone, strict=True):
+        assert found["demo/retrieval"] == pytest.approx(expected)
+    assert alone[0]["recall_mean"] != alone[1]["recall_mean"]
+    scores = [np.load(folder / "scores-demo-retrieval.npy") for folder in folders]
+    for number, score in enumerate(scores, 1):
+        own = np.load(out / f"scores-demo-retrieval-member-{number}.npy")
+        np.testing.assert_allclose(own, score, rtol=1e-4, atol=1e-6)
+    mean = np.load(out / "scores-demo-retrieval.npy")
+    np.testing.assert_allclose(mean, (scores[0] + scores[1]) / 2, rtol=1e-4, atol=1e-6)
+    metrics = json.loads((out / "metrics.json").read_text())["demo/retrieval"]
+    owners = load_manifest(tmp_path / "held-out").index["pair_group"]
+    assert {name: metrics[name] for name in recalls(mean, owners)} == recalls(mean, owners)
+    short = evaluate_ensemble(together, [recipe.run_directory for recipe in recipes], limit=1)
+    assert "recall_mean" not in json.loads((short / "metrics.json").read_text())["demo/retrieval"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from villa_ds.analysis.page import Markup, Section, details, figures, note, page
 from villa_ds.analysis.probing import COREFERENCE, RELATION, Key, Weights
 from villa_ds.analysis.rephrasing import FORMS
 from villa_ds.analysis.runs import TrainedRun, open_runs
-from villa_ds.analysis.table import HEADER, cells_of
+from villa_ds.analysis.table import cells_of
 from villa_ds.errors import ConfigError
 from villa_ds.mapping import to_mapping
 from villa_ds.train.rundir import FREE_KEYS, differences
@@ -119,7 +119,7 @@ def _value(value: Any) -> object:
 def _held_out(found: Found) -> str:
     told = {row.run for row in found.results}
     missing = [run.label for run in found.runs if run.label not in told]
-    body = table(HEADER, map(cells_of, found.results), numbers_from=2) if told else ""
+    body = table(*cells_of(found.results), numbers_from=2) if told else ""
     body += note(
         "The newest villa-ds evaluate of each run counts; without one, the validation at its end.",
         "The majority baseline always gives the commonest answer.",

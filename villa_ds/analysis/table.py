@@ -7,10 +7,10 @@ from pathlib import Path
 
 from villa_ds.errors import ConfigError
 from villa_ds.train.evaluate import MAJORITY
+from villa_ds.train.gallery import MEAN_RECALL
 from villa_ds.train.rundir import EVALUATION, RESULTS_NAME
 
 ACCURACIES = ("accuracy", "score")  # what the majority baseline is comparable with
-HEADER = ("run", "task", "loss", "accuracy", "majority baseline")
 
 
 def compare(runs: Sequence[Path]) -> str:
@@ -18,7 +18,8 @@ def compare(runs: Sequence[Path]) -> str:
 
     A run's newest `villa-ds evaluate` counts; without one, the validation at its end.
     """
-    rows = [HEADER, *(cells_of(row) for run in runs for row in results_of(run.name, run))]
+    header, cells = cells_of([row for run in runs for row in results_of(run.name, run)])
+    rows = [header, *cells]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -34,6 +35,7 @@ class Result:
     loss: float | None
     accuracy: float | None
     majority_baseline: float | None
+    mean_recall: float | None = None  # of a ranked gallery
 
 
 def results_of(label: str, run: Path, *, required: bool = True) -> Iterable[Result]:
@@ -46,13 +48,18 @@ def results_of(label: str, run: Path, *, required: bool = True) -> Iterable[Resu
         return
     for task, values in results.items():
         accuracy = next((values[name] for name in ACCURACIES if name in values), None)
-        yield Result(label, task, values.get("loss"), accuracy, values.get(MAJORITY))
+        yield Result(label, task, values.get("loss"), accuracy, values.get(MAJORITY), values.get(MEAN_RECALL))
 
 
-def cells_of(result: Result) -> tuple[str, ...]:
-    """A row under `HEADER`."""
-    numbers = (result.loss, result.accuracy, result.majority_baseline)
-    return result.run, result.task, *map(_number, numbers)
+def cells_of(results: Sequence[Result]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of a table; recall has a column where a result has any."""
+    header: tuple[str, ...] = ("run", "task", "loss", "accuracy", "majority baseline")
+    rows = [(row.run, row.task, *map(_number, (row.loss, row.accuracy, row.majority_baseline))) for row in results]
+    if all(row.mean_recall is None for row in results):
+        return header, rows
+    return (*header, "mean recall"), [
+        (*cells, _number(row.mean_recall)) for cells, row in zip(rows, results, strict=True)
+    ]
 
 
 def _results(run: Path) -> dict[str, dict[str, float]]:

@@ -32,6 +32,7 @@ class Ensemble:
     """One process's models; `evaluate` takes it for an engine. `own` is each member's output of the last pass."""
 
     own: list[LossOutput]
+    rank, world = 0, 1
 
     def __init__(self, members: Sequence[TrainModule], device: torch.device) -> None:
         self.module, self.device = nn.ModuleList(members), device
@@ -63,6 +64,10 @@ class Ensemble:
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """There is one process."""
         return values
+
+    def gather(self, value: object) -> list[object]:
+        """There is one process."""
+        return [value]
 
 
 def averaged(scores: Sequence[Tensor], averages: str) -> Tensor:

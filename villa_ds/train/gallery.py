@@ -1,18 +1,18 @@
-"""Retrieval over a whole set: every text is scored with every image, and recall is read off the scores.
+"""Retrieval over a set, or the first images of it: every text is scored with every image, recall read off the scores.
 
 Shape legend: G groups (images), N texts, n texts of a chunk.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from villa_ds.batch import Batch
+from villa_ds.batch import Batch, LossOutput
 from villa_ds.data.collate import collate
 from villa_ds.data.manifest import Manifest
 from villa_ds.data.reader import ShardReader
@@ -20,41 +20,124 @@ from villa_ds.data.sizes import SPECIAL_TOKENS
 from villa_ds.errors import ConfigError
 from villa_ds.objectives.inputs import plain_example
 from villa_ds.objectives.retrieval import ImageTextRetrieval
-from villa_ds.train.torch_engine import Engine
+from villa_ds.train.evaluate import Evaluated
 
 RECALL_AT = (1, 5, 10)
+MEAN_RECALL = "recall_mean"
 _BLOCK = 1 << 22  # scores looked at in one go: bounds memory
 
 
+class Ranker(Evaluated, Protocol):
+    """What scores a gallery: an engine, or several models together."""
+
+    @property
+    def rank(self) -> int:
+        """Of this process, from 0."""
+
+    @property
+    def world(self) -> int:
+        """How many processes share the images."""
+
+    def gather(self, value: object) -> list[Any]:
+        """The values of all ranks."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The images that are ranked, the first `images` of a set (None: all), with all of their texts."""
+
+    manifest: Manifest
+    images: int | None = None
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return min(self.images or self.manifest.num_groups, self.manifest.num_groups)
+
+    @property
+    def pair_group(self) -> NDArray[Any]:
+        """[N] the image of each text, ascending."""
+        owners = self.manifest.index["pair_group"]
+        return owners[: np.searchsorted(owners, self.num_groups)]
+
+    def require_budget(self, tokens: int) -> None:
+        """ConfigError if the longest text with the largest image exceeds `tokens`."""
+        index, texts = self.manifest.index, len(self.pair_group)
+        longest = int(index["pair_length"][:texts].max()) + SPECIAL_TOKENS
+        longest += int(index["group_regions"][: self.num_groups].max())
+        if longest > tokens:
+            raise ConfigError(
+                f"data.tokens: {tokens} does not do: the longest text with the largest image has {longest}"
+            )
+
+
 @torch.no_grad()
-def score_gallery(engine: Engine, objective: ImageTextRetrieval, manifest: Manifest, tokens: int, path: Path) -> None:
-    """Write float32 [G, N] scores to the `.npy` file `path`: row g, column t is how well text t fits image g.
+def score_gallery(
+    ranker: Ranker,
+    objective: ImageTextRetrieval,
+    gallery: Gallery,
+    tokens: int,
+    paths: Sequence[Path],
+    beside: Callable[[], Sequence[LossOutput]] = tuple,
+    poll: Callable[[], None] | None = None,
+) -> None:
+    """Write float32 [G, N] scores to the `.npy` file `paths[0]`: row g, column t is how well text t fits image g.
 
     Images and texts are in the order of the index. Rank r of W scores the images r, r + W, ... with all texts, in
     passes of up to `tokens` padded tokens, which are the same for every W. Memory holds the texts' word pieces and one
-    image. ConfigError if the largest image with the longest text exceeds `tokens`.
+    image. `beside` gives more outputs of the last pass (an ensemble's members), for the files after the first; `poll`
+    is called by all ranks together before each image; it may raise. ConfigError as `Gallery.require_budget`.
     """
-    chunks = _chunks(manifest, objective, tokens)
-    groups, reader = manifest.num_groups, ShardReader(manifest)
-    if engine.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(groups, manifest.num_pairs)).flush()
-    engine.gather(None)  # the file is there
-    scores = np.load(path, mmap_mode="r+", allow_pickle=False)
-    first_pair = np.searchsorted(manifest.index["pair_group"], np.arange(groups))
-    engine.module.eval()
-    for number in range(engine.rank, -(-groups // engine.world) * engine.world, engine.world):
+    gallery.require_budget(tokens)
+    chunks = _chunks(gallery, objective, tokens)
+    groups, owners, reader = gallery.num_groups, gallery.pair_group, ShardReader(gallery.manifest)
+    if ranker.rank == 0:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(groups, len(owners))).flush()
+    ranker.gather(None)  # the files are there
+    files = [np.load(path, mmap_mode="r+", allow_pickle=False) for path in paths]
+    first_pair = np.searchsorted(owners, np.arange(groups))
+    ranker.module.eval()
+    for number in range(ranker.rank, -(-groups // ranker.world) * ranker.world, ranker.world):
+        if poll is not None:
+            poll()
         group = min(number, groups - 1)  # a repeat keeps the ranks in step
         sample = reader.sample(int(first_pair[group]))
         image = collate([plain_example(sample, sample.regions, objective.vocabulary)], objective.reads)
-        image = image.to(engine.device)
+        image = image.to(ranker.device)
         for chunk in chunks:
-            output = engine.probe(chunk.with_image(image), objective.name, None)
+            output = ranker.probe(chunk.with_image(image), objective.name, None)
             if number < groups:
-                scores[group, chunk.pairs] = output.logits[:, 0].float().cpu().numpy()
-    engine.module.train()
-    scores.flush()
-    engine.gather(None)  # every row is there
+                for scores, one in zip(files, (output, *beside()), strict=True):
+                    scores[group, chunk.pairs] = one.logits[:, 0].float().cpu().numpy()
+    ranker.module.train()
+    for scores in files:
+        scores.flush()
+    ranker.gather(None)  # every row is there
+
+
+def recalls_of(path: Path, gallery: Gallery) -> Mapping[str, float]:
+    """`recalls` of the scores in a file of `score_gallery`."""
+    return recalls(np.load(path, mmap_mode="r", allow_pickle=False), gallery.pair_group)
+
+
+def passing_recalls(
+    ranker: Ranker,
+    objective: ImageTextRetrieval,
+    gallery: Gallery,
+    tokens: int,
+    path: Path,
+    poll: Callable[[], None] | None = None,
+) -> Mapping[str, float]:
+    """`recalls` of a gallery, the same on all ranks; the scores are at `path` meanwhile, and gone after it."""
+    try:
+        score_gallery(ranker, objective, gallery, tokens, [path], poll=poll)
+        found: Mapping[str, float] = ranker.gather(recalls_of(path, gallery) if ranker.rank == 0 else None)[0]
+    finally:
+        if ranker.rank == 0:
+            path.unlink(missing_ok=True)
+    return found
 
 
 @dataclass(frozen=True)
@@ -79,15 +162,12 @@ class _Chunk:
         )
 
 
-def _chunks(manifest: Manifest, objective: ImageTextRetrieval, tokens: int) -> list[_Chunk]:
-    """All texts of a set, longest first, as many at a time as fit into `tokens` with the largest image."""
-    index, reader = manifest.index, ShardReader(manifest)
-    regions = int(index["group_regions"].max())
-    lengths = np.asarray(index["pair_length"], np.int64) + SPECIAL_TOKENS
+def _chunks(gallery: Gallery, objective: ImageTextRetrieval, tokens: int) -> list[_Chunk]:
+    """All texts of a gallery, longest first, as many at a time as fit into `tokens` with the largest image."""
+    index, reader = gallery.manifest.index, ShardReader(gallery.manifest)
+    regions = int(index["group_regions"][: gallery.num_groups].max())
+    lengths = np.asarray(index["pair_length"][: len(gallery.pair_group)], np.int64) + SPECIAL_TOKENS
     order = np.argsort(-lengths, kind="stable")
-    if int(lengths.max()) + regions > tokens:
-        longest = int(lengths.max()) + regions
-        raise ConfigError(f"data.tokens: {tokens} does not do: the longest text with the largest image has {longest}")
     chunks, start = [], 0
     while start < len(order):
         pairs = order[start : start + tokens // (int(lengths[order[start]]) + regions)]
@@ -122,4 +202,4 @@ def recalls(scores: NDArray[np.floating], pair_group: NDArray[Any]) -> Mapping[s
         before_text.append(((block >= best) & ~own).sum(1))
     ranks = {"image": before_image, "text": np.concatenate(before_text)}
     found = {f"{what}_recall_at_{k}": float((before < k).mean()) for what, before in ranks.items() for k in RECALL_AT}
-    return found | {"recall_mean": float(np.mean(list(found.values())))}
+    return found | {MEAN_RECALL: float(np.mean(list(found.values())))}

@@ -19,6 +19,7 @@ from villa_ds.train.adversary import Adversary
 from villa_ds.train.checkpoint import CheckpointStore, read_state
 from villa_ds.train.engine import build_engine, is_first_rank
 from villa_ds.train.evaluate import evaluate_all
+from villa_ds.train.gallery import passing_recalls
 from villa_ds.train.lock import locked
 from villa_ds.train.metrics import MetricsLog, Stopwatch, SumTable
 from villa_ds.train.optim import learning_rate
@@ -40,6 +41,7 @@ from villa_ds.train.session import (
     rounding_warnings,
     run_state,
     training_loader,
+    validation_galleries,
     validation_loaders,
 )
 from villa_ds.train.signals import StopRequest
@@ -114,9 +116,9 @@ class Run:
             write_recipe(self.directory, recipe)
             (self.directory / RESULTS_NAME).unlink(missing_ok=True)  # of a run that had ended and goes on
         self.loader = training_loader(recipe, data, self.plan, engine.rank, position, engine.device)
-        validation_loaders(
-            recipe, data, self.plan, engine.rank, 0, engine.device
-        )  # what cannot be planned is refused now, not days on
+        # What cannot be planned is refused now, not days on.
+        validation_loaders(recipe, data, self.plan, engine.rank, 0, engine.device)
+        validation_galleries(recipe, data)
         announce(recipe, engine, self.plan, self.step, self.loader.describe())
         self.metrics = MetricsLog(
             self.directory, start_step=self.step, total_steps=recipe.total_steps, every=recipe.log.every,
@@ -223,6 +225,10 @@ class Run:
 
         loaders = validation_loaders(self.recipe, self.data, self.plan, self.engine.rank, limit, self.engine.device)
         results = evaluate_all(self.engine, loaders, poll)
+        for task, (objective, gallery) in validation_galleries(self.recipe, self.data).items():
+            path = self.directory / f"gallery-{task.replace('/', '-')}.npy"
+            tokens = self.recipe.data.tokens
+            results[task] |= passing_recalls(self.engine, objective, gallery, tokens, path, poll)
         for task, values in results.items():
             self.metrics.event(self.step, f"validation/{task}", values)
         return results

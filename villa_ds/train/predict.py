@@ -7,8 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from villa_ds.batch import Batch, LossOutput
 from villa_ds.config import Recipe
 from villa_ds.data.lanes import BatchPlan
@@ -19,7 +17,7 @@ from villa_ds.train.checkpoint import MANIFEST, read_state, resolve_checkpoint
 from villa_ds.train.engine import build_engine, is_one_of_several
 from villa_ds.train.ensemble import load_ensemble
 from villa_ds.train.evaluate import Tally, evaluate
-from villa_ds.train.gallery import recalls, score_gallery
+from villa_ds.train.gallery import Gallery, recalls_of, score_gallery
 from villa_ds.train.rundir import EVALUATION, start_logging
 from villa_ds.train.session import RunData, build_initial_module, open_data, refuse_unequal_ranks, validation_loaders
 
@@ -57,9 +55,9 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None, limit: int = 0,
         rows = [row for share in engine.gather(collector.rows) for row in share]
         results[task] |= objective.summary([row for row in rows if UNLABELLED not in row])
         if isinstance(objective, ImageTextRetrieval) and not limit:
-            manifest, scores = data.validation[task.partition("/")[0]], out / f"scores-{task.replace('/', '-')}.npy"
-            score_gallery(engine, objective, manifest, recipe.data.tokens, scores)
-            results[task] |= recalls(np.load(scores, mmap_mode="r", allow_pickle=False), manifest.index["pair_group"])
+            gallery, scores = Gallery(data.validation[task.partition("/")[0]]), _scores_path(out, task)
+            score_gallery(engine, objective, gallery, recipe.data.tokens, [scores])
+            results[task] |= recalls_of(scores, gallery)
         if engine.rank == 0:
             log.info("%s  %s", task, told(results[task]))
             _write_predictions(out, task, objective, rows)
@@ -98,8 +96,15 @@ def evaluate_ensemble(recipe: Recipe, checkpoints: Sequence[Path], limit: int = 
         results[task] = evaluate(ensemble, objective, loader, observe)
         for name, tally in zip(members, tallies, strict=True):
             members[name][task] = tally.results(ensemble.sum_over_ranks)
-            log.info("%s  %s  %s", task, name, told(members[name][task]))
         results[task] |= objective.summary([row for row in collector.rows if UNLABELLED not in row])
+        if isinstance(objective, ImageTextRetrieval) and not limit:
+            gallery = Gallery(data.validation[task.partition("/")[0]])
+            paths = [_scores_path(out, task, member) for member in ("", *map(str, range(1, len(folders) + 1)))]
+            score_gallery(ensemble, objective, gallery, recipe.data.tokens, paths, lambda: ensemble.own)
+            for own, path in zip((results, *members.values()), paths, strict=True):
+                own[task] |= recalls_of(path, gallery)
+        for name, own in members.items():
+            log.info("%s  %s  %s", task, name, told(own[task]))
         log.info("%s  together  %s", task, told(results[task]))
         _write_predictions(out, task, objective, collector.rows)
     _write_metrics(out / "members.json", members)
@@ -112,6 +117,11 @@ def _held_out(recipe: Recipe) -> RunData:
     if not data.validation:
         raise ConfigError("data.validation: name a held-out set, such as data.validation.NAME=FOLDER")
     return data
+
+
+def _scores_path(out: Path, task: str, member: str = "") -> Path:
+    """Where the scores of a gallery go; `member` numbers the members of an ensemble, from 1."""
+    return out / f"scores-{task.replace('/', '-')}{member and f'-member-{member}'}.npy"
 
 
 def told(metrics: Mapping[str, float]) -> str:

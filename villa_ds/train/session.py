@@ -21,8 +21,10 @@ from villa_ds.errors import CheckpointError, ConfigError, DataError
 from villa_ds.mapping import to_mapping
 from villa_ds.models.weights import initialize_from, load_reference, to_reference
 from villa_ds.objectives.base import Objective, build_objective
+from villa_ds.objectives.retrieval import ImageTextRetrieval
 from villa_ds.rng import seed_of
 from villa_ds.train.checkpoint import is_checkpoint, resolve_checkpoint
+from villa_ds.train.gallery import Gallery
 from villa_ds.train.module import TrainModule, build_module
 from villa_ds.train.parameters import ParameterFiles
 from villa_ds.train.rundir import differences, listed, recipe_changes
@@ -216,6 +218,27 @@ def validation_loaders(
                 ),
             )
     return loaders
+
+
+def validation_galleries(recipe: Recipe, data: RunData) -> dict[str, tuple[ImageTextRetrieval, Gallery]]:
+    """What is ranked at a validation, by the names of `validation_loaders`; nothing unless `validation.gallery`.
+
+    ConfigError where there is nothing to rank, or a pair exceeds `data.tokens`.
+    """
+    images, galleries = recipe.validation.gallery, {}
+    if not images:
+        return {}
+    for task, objective in zip(recipe.tasks, data.objectives, strict=True):
+        if task.data in data.validation and isinstance(objective, ImageTextRetrieval):
+            gallery = Gallery(data.validation[task.data], images)
+            gallery.require_budget(recipe.data.tokens)
+            galleries[f"{task.data}/{task.objective}"] = (objective, gallery)
+    if not galleries:
+        raise ConfigError(
+            f"validation.gallery: {images} images, but no task of the recipe ranks images (retrieval, retrieval-hard) "
+            "of a set under data.validation; set it to 0"
+        )
+    return galleries
 
 
 def run_state(recipe: Recipe, data: RunData, plan: BatchPlan, step: int, position: Mapping[str, Any]) -> dict[str, Any]:
