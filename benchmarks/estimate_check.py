@@ -9,15 +9,12 @@ is of the same recipe, on the same micro-batches. Real ranks, over gloo.
 import argparse
 import ctypes
 import json
-import os
-import socket
-import subprocess
-import sys
 from typing import Any
 
 import record
 import torch
 from alternating import status
+from ranks import run_ranks
 
 from villa_ds.config import Recipe, load_recipe
 from villa_ds.data.lanes import BatchPlan
@@ -74,32 +71,9 @@ def rank_main(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace, stage: str, ranks: int) -> dict[str, Any]:
-    """Start the ranks; what rank 0 printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        __file__,
-        "--rank-of",
-        stage,
-        "--preset",
-        options.preset,
-        "--tokens",
-        str(options.tokens),
-    ]
-    command += ["--adversary"] if options.adversary else []
-    world = {} if ranks == 1 else {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = []
-    for rank in range(ranks):
-        own = world and {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | ALLOCATOR | own
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise SystemExit(f"{stage} with {ranks} ranks failed")
-    measured: dict[str, Any] = json.loads(outputs[0].splitlines()[-1])
-    return measured
+    """What rank 0 of the stage measures."""
+    command = [__file__, "--rank-of", stage, "--preset", options.preset, "--tokens", str(options.tokens)]
+    return run_ranks(ranks, *command, *(["--adversary"] if options.adversary else []), environment=ALLOCATOR)
 
 
 def main() -> None:

@@ -11,10 +11,6 @@ import argparse
 import collections
 import ctypes
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ import record
 import torch
 import torch.distributed
 from alternating import status
+from ranks import run_ranks
 from workload import batch_of, manifest, vqa_objective, without_dropout
 
 from villa_ds.config import AdversaryConfig, EngineConfig, ModalityConfig, ModelConfig, OptimizerConfig
@@ -137,29 +134,10 @@ def rank_main(options: argparse.Namespace) -> None:
         print(json.dumps(result))
 
 
-def run_ranks(variant: str, world: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Start the ranks; what rank 0 printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, __file__, "--rank-of", variant, "--preset", options.preset]
-    command += ["--rows", str(options.rows), "--steps", *map(str, options.steps)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-            },
-            stdout=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    outputs = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise SystemExit(f"{variant} with {world} ranks failed")
-    measured: dict[str, Any] = json.loads(outputs[0].splitlines()[-1])
-    return measured
+def measure(variant: str, world: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What rank 0 of the variant measures."""
+    command = [__file__, "--rank-of", variant, "--preset", options.preset, "--rows", str(options.rows)]
+    return run_ranks(world, *command, "--steps", *map(str, options.steps))
 
 
 def describe(variant: str, world: int, measured: dict[str, Any]) -> list[str]:
@@ -196,7 +174,7 @@ def main() -> None:
     started, results = record.environment(), {}
     for variant in options.variants:
         for world in options.worlds:
-            measured = run_ranks(variant, world, options)
+            measured = measure(variant, world, options)
             stage = int(VARIANTS[variant][0][4])
             measured["states_by_formula"] = formula(measured["parameters"], stage, world)
             results[f"{variant}, {world} ranks"] = measured

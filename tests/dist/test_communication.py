@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from ranks import run_ranks
+
+from tests.dist.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import start_ranks
 
+from tests.dist.ranks import start_ranks
 from villa_ds.data.manifest import Manifest
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]

@@ -173,7 +173,9 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         )
         for key, value in (
             ("updates", "many"), ("updates", "-1"), ("tied", "["), ("tied", "[]"), ("tied", '{"more": "no such name"}'),
-            ("tied", '{"weight": "bias"}'), ("tied", "[" * 100_000),
+            ("tied", '{"weight": "bias"}'), ("tied", "[" * 100_000), ("loss_scale", "1"),
+            ("loss_scale", '{"scale": NaN, "calm": 1, "patience": 1}'),
+            ("loss_scale", '{"scale": 2.0, "calm": -1, "patience": 1}'), ("loss_scale", '{"scale": 2.0}'),
         )
     },
 }  # fmt: skip

@@ -24,7 +24,15 @@ from villa_ds.errors import ConfigError, NonFiniteError, RankLostError
 from villa_ds.resources import find_ds_config
 from villa_ds.train.module import TrainModule
 from villa_ds.train.optim import build_optimizer, set_learning_rate
-from villa_ds.train.parameters import KINDS, MOMENTS, WEIGHT, ParameterFiles, Writer, snapshot_parameters
+from villa_ds.train.parameters import (
+    KINDS,
+    MOMENTS,
+    WEIGHT,
+    LossScale,
+    ParameterFiles,
+    Writer,
+    snapshot_parameters,
+)
 from villa_ds.train.torch_engine import Engine, TorchEngine, count_parameters, device_of, groups_of, step_count
 
 OWNED_KEYS = {  # of a DeepSpeed configuration, and what decides it here
@@ -222,12 +230,16 @@ class DeepSpeedEngine:
             self.discard()
             raise NonFiniteError("the gradient is not finite")
         set_learning_rate(self._engine.optimizer, learning_rate)
-        self._engine.step()
+        with self._kept_loss_scale():
+            self._engine.step()
         self.passes = 0
         self._forget_gradients()
-        if self._stage > 0 and self._engine.optimizer.overflow:
-            if self._scales_loss:
-                return math.inf  # float16: DeepSpeed lowered its loss scale and left the step out
+        overflow = self._stage > 0 and self._engine.optimizer.overflow
+        if self._scales_loss:
+            move_loss_scale(self._engine.optimizer.loss_scaler, overflow)
+            if overflow:
+                return math.inf  # DeepSpeed left the step out
+        elif overflow:
             raise NonFiniteError("the gradient is not finite")
         self._updates += 1
         return float(self._engine.get_global_grad_norm()) if norm is None else norm
@@ -264,6 +276,20 @@ class DeepSpeedEngine:
         finally:
             for name in ours:
                 delattr(optimizer, name)
+
+    @contextlib.contextmanager
+    def _kept_loss_scale(self) -> Iterator[None]:
+        """Have DeepSpeed leave its loss scale alone.
+
+        It would move it before it divides the gradient by it: the step at which the scale doubles would be taken with
+        half the gradient.
+        """
+        optimizer = self._engine.optimizer
+        vars(optimizer)["_update_scale"] = lambda *_: None
+        try:
+            yield
+        finally:
+            del optimizer._update_scale
 
     def _plain_norm(self) -> float:
         """Stage 0 keeps whole, already averaged gradients on every rank, and reports no norm."""
@@ -313,10 +339,17 @@ class DeepSpeedEngine:
         DeepSpeed's own checkpoints are tied to the stage and the number of ranks, and its conversion of them is inexact
         at stage 3 (docs/engine.md).
         """
-        return snapshot_parameters(self.module, self._get, updates=self._updates, rank=self.rank, world=self.world)
+        return snapshot_parameters(
+            self.module,
+            self._get,
+            updates=self._updates,
+            rank=self.rank,
+            world=self.world,
+            loss_scale=read_loss_scale(self._engine.optimizer.loss_scaler) if self._scales_loss else None,
+        )
 
     def load(self, folder: Path) -> None:
-        """Restore weights and moments, whatever engine, stage and number of ranks wrote them."""
+        """Restore weights, moments and loss scale, whatever engine, stage and number of ranks wrote them."""
         files = ParameterFiles(folder)
         files.require_fit((name, tuple(self._shape(value))) for name, value in self.module.named_parameters())
         self._updates = files.updates
@@ -325,6 +358,8 @@ class DeepSpeedEngine:
                 self._set(parameter, kind, files.get(kind, name).to(self.device))
         for state in self._states():
             state["step"] = step_count(self._optimizer, self._updates)
+        if self._scales_loss and files.loss_scale is not None:
+            set_loss_scale(self._engine.optimizer.loss_scaler, files.loss_scale)
 
     @staticmethod
     def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
@@ -401,6 +436,25 @@ class DeepSpeedEngine:
                 parameter.copy_(value)
         else:
             safe_set_local_optimizer_state(parameter, local, kind)
+
+
+def read_loss_scale(scaler: Any) -> LossScale:
+    """Where a `DynamicLossScaler` of DeepSpeed stands. Of its two counters of steps only their difference matters."""
+    calm = scaler.cur_iter - scaler.last_overflow_iter - 1
+    return LossScale(float(scaler.cur_scale), calm, scaler.cur_hysteresis)
+
+
+def set_loss_scale(scaler: Any, state: LossScale) -> None:
+    """Have a `DynamicLossScaler` go on from there."""
+    scaler.cur_scale, scaler.cur_hysteresis = state.scale, state.patience
+    scaler.last_overflow_iter = scaler.cur_iter - 1 - state.calm
+
+
+def move_loss_scale(scaler: Any, overflow: bool) -> None:
+    """What follows for a `DynamicLossScaler` from a step. NonFiniteError where it cannot go lower."""
+    if overflow and scaler.cur_scale <= scaler.min_scale and 1 in (scaler.delayed_shift, scaler.cur_hysteresis):
+        raise NonFiniteError(f"the gradient overflows at the smallest loss scale, {scaler.min_scale}")
+    scaler.update_scale(overflow)
 
 
 def _leave_ranks() -> None:

@@ -3,12 +3,14 @@
 `rank-00000/state-00000-of-00002.safetensors` holds whole tensors (in float32 where the engine keeps a float32 copy)
 under ``weight/<name>``, ``exp_avg/<name>`` and ``exp_avg_sq/<name>``; every rank writes its share of the parameters.
 The number of updates is in the files' metadata, and so are the further names of tied parameters, which are stored
-once, under their first name.
+once, under their first name, and in float16 the state of the loss scale.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,32 @@ _NAME = re.compile(r"state-(\d{5,})-of-(\d{5,})\.safetensors")
 Writer = Callable[[Path], None]  # writes one rank's files of a checkpoint into a folder
 
 
+@dataclass(frozen=True)
+class LossScale:
+    """Where a dynamic loss scale of float16 stands: it decides which steps overflow, so it is part of the run."""
+
+    scale: float
+    calm: int  # steps since the last overflow; at certain numbers of them the scale grows
+    patience: int  # overflows that are borne, this one included, before the scale shrinks
+
+    def __post_init__(self) -> None:
+        counts = type(self.calm) is int and type(self.patience) is int and self.calm >= 0 and self.patience >= 1
+        if not counts or type(self.scale) is not float or not 0 < self.scale < math.inf:
+            raise ValueError(f"no state of a loss scale: {self}")
+
+
 def snapshot_parameters(
-    module: Module, get: Callable[[Parameter, str], Tensor], *, updates: int, rank: int, world: int
+    module: Module,
+    get: Callable[[Parameter, str], Tensor],
+    *,
+    updates: int,
+    rank: int,
+    world: int,
+    loss_scale: LossScale | None = None,
 ) -> Writer:
     """Copy this rank's share to the host now; the writer it returns may run later, beside training.
 
-    `get(parameter, kind)` gives the whole tensor; all ranks call it in the same order.
+    `get(parameter, kind)` gives the whole tensor; all ranks call it in the same order. `loss_scale` is the same on all.
     """
     tensors: dict[str, Tensor] = {}
     for index, (name, parameter) in enumerate(module.named_parameters()):
@@ -43,6 +65,8 @@ def snapshot_parameters(
             if index % world == rank:
                 tensors[f"{kind}/{name}"] = value.detach().cpu().clone()
     metadata = {"updates": str(updates), "tied": json.dumps(tied_names(module)), "format": "pt"}
+    if loss_scale is not None:
+        metadata["loss_scale"] = json.dumps(asdict(loss_scale))
     return lambda folder: save_file(tensors, folder / f"state-{rank:05d}-of-{world:05d}.safetensors", metadata=metadata)
 
 
@@ -60,6 +84,7 @@ def tied_names(module: Module) -> dict[str, str]:
 class ParameterFiles:
     """Reads what `snapshot_parameters` wrote, tensor by tensor, whatever the number of ranks was.
 
+    `updates` is the number of optimizer updates done, `loss_scale` None where it was not written in float16.
     CheckpointError unless the folder holds the files of all ranks of one snapshot, each tensor once and of every kind.
     """
 
@@ -84,7 +109,7 @@ class ParameterFiles:
                     raise CheckpointError(f"{folder}: holds {_shown(key)} twice; use an earlier checkpoint")
                 self._owner[key] = file
         self._require_kinds(folder)
-        self.updates, self._tied = _parse_metadata(paths[0], metadata or {}, set(self.names))
+        self.updates, self._tied, self.loss_scale = _parse_metadata(paths[0], metadata or {}, set(self.names))
 
     def _require_kinds(self, folder: Path) -> None:
         for key, file in self._owner.items():
@@ -140,12 +165,15 @@ def _require_all_ranks(folder: Path, paths: Iterable[Path]) -> None:
         )
 
 
-def _parse_metadata(path: Path, metadata: dict[str, str], names: set[str]) -> tuple[int, dict[str, str]]:
-    """(number of updates, further name of a tied parameter -> its first name)."""
+def _parse_metadata(
+    path: Path, metadata: dict[str, str], names: set[str]
+) -> tuple[int, dict[str, str], LossScale | None]:
+    """(number of updates, further name of a tied parameter -> its first name, where the loss scale stands)."""
     try:
         updates, tied = int(metadata["updates"]), json.loads(metadata["tied"])
+        scale = LossScale(**json.loads(metadata["loss_scale"])) if "loss_scale" in metadata else None
         if updates >= 0 and isinstance(tied, dict) and not names & tied.keys() and set(tied.values()) <= names:
-            return updates, tied
+            return updates, tied, scale
     except (KeyError, TypeError, ValueError, RecursionError):
         pass
     raise CheckpointError(f"{path}: its metadata is not that of a checkpoint of villa_ds; use an earlier checkpoint")
