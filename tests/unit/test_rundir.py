@@ -161,8 +161,9 @@ def test_somebody_elses_config_is_not_overwritten(tmp_path: Path, text: str) -> 
     assert content(tmp_path) == {"config.yaml": text.encode()}
 
 
-def test_an_unreadable_config_is_refused(run: Path) -> None:
-    (run / "config.yaml").write_text("a: [")
+@pytest.mark.parametrize("damaged", [b"a: [", b"\xff\xfe\xff", b"a: 2001-99-99", b"[" * 10_000])
+def test_an_unreadable_config_is_refused(run: Path, damaged: bytes) -> None:
+    (run / "config.yaml").write_bytes(damaged)
     with pytest.raises(CheckpointError, match=r"config\.yaml: cannot be read"):
         open_run_directory(recipe_in(run), rank=0)
 

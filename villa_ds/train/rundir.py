@@ -95,7 +95,7 @@ def refuse_changes(directory: Path, recipe: Recipe, allow_change: Iterable[str])
         return
     try:
         earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):  # ValueError: no UTF-8, or a date that does not exist
         raise CheckpointError(f"{path}: cannot be read; give another `output`") from None
     if not isinstance(earlier, Mapping) or not {"name", "tasks", "phases"} <= earlier.keys():
         raise CheckpointError(f"{path}: not a recipe of ours; give another `output`")
