@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     command.set_defaults(run=_compare)
 
-    _add_report(commands.add_parser("report", help="runs side by side, looked inside: one HTML file"))
+    _add_report(
+        commands.add_parser("report", help="runs side by side, looked inside: one HTML file, its numbers as JSON")
+    )
 
     _add_estimate(commands.add_parser("estimate", help="memory, communication and time of a recipe, per ZeRO stage"))
 
@@ -132,7 +134,7 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 def _add_report(command: argparse.ArgumentParser) -> None:
     command.add_argument("runs", nargs="+", metavar="RUN", help="run directories or checkpoints, as PATH or LABEL=PATH")
-    command.add_argument("--out", type=Path, required=True, metavar="HTML", help="the file to write")
+    command.add_argument("--out", type=Path, required=True, metavar="HTML", help="the file to write; .json goes beside")
     command.add_argument(
         "--set", metavar="FOLDER", help="a shard set to look into; default: the first run's held-out one"
     )
