@@ -8,6 +8,8 @@ is of the same recipe, on the same micro-batches. Real ranks, over gloo.
 
 import argparse
 import ctypes
+import dataclasses
+import gc
 import json
 from typing import Any
 
@@ -31,23 +33,31 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "
 RUNS = (("plain PyTorch", 1), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2))
 
 
-def recipe_of(options: argparse.Namespace, stage: str) -> Recipe:
+def recipe_of(options: argparse.Namespace, stage: str, tokens: int | None = None) -> Recipe:
     """Question answering with or without the adversary, on made-up micro-batches."""
     engine = ["engine.name=torch"] if stage == STAGES[0] else ["engine.name=deepspeed", f"engine.ds_config={stage}"]
     adversary = "{steps: 3, modality: text}" if options.adversary else "null"
-    settings = [f"model.preset={options.preset}", f"data.tokens={options.tokens}", f"phases.0.adversary={adversary}"]
+    settings = [
+        f"model.preset={options.preset}",
+        f"data.tokens={tokens or options.tokens}",
+        f"phases.0.adversary={adversary}",
+    ]
     settings += ["data.lanes=4", "data.root=/nowhere", "engine.device=cpu", "engine.precision=float32"]
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
     return load_recipe(find_recipe("demo-vqa"), [*settings, *engine, *(f"model.{name}=null" for name in sizes)])
 
 
-def warm_up() -> None:
-    """A small model's backward and update: libraries are mapped on first use, which is no memory of the model's."""
-    layer = torch.nn.TransformerEncoderLayer(64, 2, batch_first=True)
-    optimizer = torch.optim.AdamW(layer.parameters())
-    layer(torch.randn(8, 256, 64)).sum().backward()
+def warm_up(recipe: Recipe) -> None:
+    """A step of a tiny model in the same engine: libraries are mapped on first use, which is no memory of a model."""
+    data, sizes = assumed_data(recipe)
+    sized = dataclasses.replace(
+        recipe.model, hidden_size=64, num_attention_heads=2, intermediate_size=64, num_hidden_layers=1
+    )
+    engine = build_engine(build_module(sized, data.objectives, data.reference), recipe.engine, recipe.optimizer)
+    work = StepInput(1, 0, data.objectives[0], (sizes[0].small,), (engine.rank,))
+    take_step(engine, work, recipe.phases[0], 1)
+    engine.update(1e-5)
     torch.nn.functional.linear(torch.randn(512, 512), torch.randn(512, 512))
-    optimizer.step()
 
 
 def rank_main(options: argparse.Namespace) -> None:
@@ -57,7 +67,8 @@ def rank_main(options: argparse.Namespace) -> None:
     recipe = recipe_of(options, options.rank_of)
     data, sizes = assumed_data(recipe)
     torch.set_num_threads(1)
-    warm_up()
+    warm_up(recipe_of(options, options.rank_of, tokens=256))
+    gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     empty = status("VmRSS")
     engine = build_engine(build_module(recipe.model, data.objectives, data.reference), recipe.engine, recipe.optimizer)
@@ -98,7 +109,7 @@ def main() -> None:
         measured = measure(options, stage, ranks)
         passes = found.passes * recipe.data.lanes // ranks
         states = states_of(stage, measured["parameters"], ranks, recipe, passes)
-        estimated = states.resident + found.activations
+        estimated = states.peak(found.activations)
         results[f"{stage}, {ranks} ranks"] = {"estimated": estimated, "measured": measured["bytes"]}
         print(
             f"{stage}, {ranks} ranks: estimated {estimated / 2**20:.0f} MiB, measured {measured['bytes'] / 2**20:.0f}: "

@@ -79,12 +79,17 @@ class States:
     gradients: float
     optimizer: float  # moments, and the float32 weights where they are kept apart
     buffers: float
+    late: float  # taken only when the last backward pass has given its activations back
     sent: float  # handed to collectives in an optimizer step
 
     @property
     def resident(self) -> float:
-        """On the device."""
+        """On the device while passes run."""
         return self.weights + self.gradients + self.optimizer + self.buffers
+
+    def peak(self, activations: float) -> float:
+        """The most that a step takes."""
+        return self.resident + max(activations, self.late)
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ def estimate(recipe: Recipe, hardware: Hardware) -> list[str]:
     passes = peak.passes * plan.lanes_per_rank
     lines += ["", f"a device of {_gib(hardware.memory)}; activations of the largest step: {_gib(peak.activations)}"]
     lines.append(
-        f"  {'stage':14}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'buffers':>9}{'in all':>9}  "
+        f"  {'stage':14}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'buffers':>10}{'reducing':>10}{'in all':>11}  "
         f"{'fits':5}{'largest budget':>15}{'sent a step':>13}"
     )
     sizes = batches[largest[0]]
@@ -204,14 +209,15 @@ def estimate(recipe: Recipe, hardware: Hardware) -> list[str]:
         if (name == STAGES[0]) and hardware.ranks > 1:
             continue
         states = states_of(name, parameters, hardware.ranks, recipe, passes)
-        whole = states.resident + peak.activations
+        whole = states.peak(peak.activations)
         room = (hardware.memory - states.resident - peak.activations) / growth + _padded_tokens(sizes.large)
         tokens = max(0, int(room * recipe.data.tokens / _padded_tokens(sizes.large)) // 256 * 256)
+        tokens = tokens if states.peak(0.0) <= hardware.memory else 0
         mark = " <- this recipe's" if name == stage else ""
         lines.append(
             f"  {name:14}{_gib(states.weights):>9}{_gib(states.gradients):>11}{_gib(states.optimizer):>11}"
-            f"{_gib(states.buffers):>9}{_gib(whole):>9}  {'yes' if whole <= hardware.memory else 'NO':5}"
-            f"{f'{tokens} tokens':>15}{_gib(states.sent):>13}{mark}"
+            f"{_gib(states.buffers):>10}{_gib(states.late):>10}{_gib(whole):>11}  "
+            f"{'yes' if whole <= hardware.memory else 'NO':5}{f'{tokens} tokens':>15}{_gib(states.sent):>13}{mark}"
         )
     lines += ["", *_time(recipe, traced, hardware)]
     return lines
@@ -223,12 +229,13 @@ def states_of(name: str, parameters: int, ranks: int, recipe: Recipe, passes: in
     ZeRO's formula (Rajbhandari et al., 2020, section 5) with what DeepSpeed adds: float32 weights of the optimizer
     beside those that passes read from stage 1 on, a bucket for reduction, and at stage 3 weights that stay gathered.
     Stages 1 and 2 hold whole gradients while the passes run, unless stage 2 reduces after each
-    (`engine.gradient_reduction`).
+    (`engine.gradient_reduction`); what reducing them at the end takes is `late`. The bucket is asked for when a
+    backward pass begins, which on a GPU takes its memory then; on a CPU only what is written to is taken.
     """
     width = DTYPES[recipe.engine.precision].itemsize
     if name in ("plain PyTorch", "zero0"):
         sent = 0.0 if ranks == 1 else width * parameters
-        return States(width * parameters, width * parameters, 2 * width * parameters, 0.0, sent)
+        return States(width * parameters, width * parameters, 2 * width * parameters, 0.0, 0.0, sent)
     stage = int(name[4])
     settings = json.loads(find_ds_config(name).read_text(encoding="utf-8"))["zero_optimization"]
     bucket = float(settings.get("reduce_bucket_size", BUCKET))
@@ -240,16 +247,23 @@ def states_of(name: str, parameters: int, ranks: int, recipe: Recipe, passes: in
     reductions = 1 if once else passes
     gathered = min(1.0, float(settings.get("stage3_max_live_parameters", LIVE_PARAMETERS)) / parameters)
     weights = whole * (share + (1 - share) * gathered if stage == 3 else 1.0)
-    gradients = (whole if once else 0.0) + (whole * share if stage > 1 else 0.0)
-    if stage == 3 and not once:
-        gradients += width * min(bucket, parameters)  # those that wait until the bucket is full
+    partition = whole * share if stage > 1 else 0.0
+    buffers, late = width * bucket, 0.0
+    if once:
+        gradients, late = whole, partition
+        if not _on_gpu(recipe):
+            buffers, late = 0.0, partition + buffers
+    else:
+        gradients = partition
+        if stage == 3:
+            gradients += width * min(bucket, parameters)  # those that wait until the bucket is full
     optimizer = 12.0 * parameters * share
     sent = whole * (reductions + (2 * passes if stage == 3 else 1)) if ranks > 1 else 0.0
     if "offload_optimizer" in settings:
-        optimizer, gradients = 0.0, gradients - whole * share
+        optimizer, gradients, late = 0.0, max(0.0, gradients - partition), max(0.0, late - partition)
     if "offload_param" in settings:
         weights -= whole * share
-    return States(weights, gradients, optimizer, width * bucket, sent)
+    return States(weights, gradients, optimizer, buffers, late, sent)
 
 
 def _gib(size: float) -> str:

@@ -103,7 +103,18 @@ def test_reducing_once_saves_communication_and_costs_memory() -> None:
     )
     assert once.sent == 4000 * 2
     assert every.sent == 4000 * 13
-    assert once.gradients - every.gradients == 4000
+    assert (once.gradients, every.gradients, every.late) == (4000, 1000, 0)
+
+
+def test_what_reducing_takes_does_not_come_on_top_of_activations() -> None:
+    on_gpu, on_cpu = (
+        states_of("zero2", 1000, 4, recipe_of(f"engine.device={device}"), 3) for device in ("cuda", "cpu")
+    )
+    bucket = 4 * module_under_test.BUCKET
+    assert (on_gpu.buffers, on_gpu.late) == (bucket, 1000)
+    assert (on_cpu.buffers, on_cpu.late) == (0, 1000 + 4000)
+    assert on_cpu.peak(5500) - on_cpu.resident == 5500
+    assert on_cpu.peak(500) - on_cpu.resident == 5000
 
 
 def test_the_report_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:

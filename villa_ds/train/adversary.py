@@ -7,6 +7,7 @@ z0 the logits of the clean pass, z those of a perturbed one.
 Legend: B rows, T text length, H hidden width, R regions, D feature width.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -142,6 +143,12 @@ def _terms(config: AdversaryConfig) -> _Terms:
     return _Terms(clean, 1.0 / (config.steps * share), config.task_weight, config.kl_weight, branches)
 
 
+def _values_of(output: LossOutput) -> LossOutput:
+    """Without the graph, whose nodes hold their activations where the gradients of inputs had no use for them."""
+    loss, logits, elements = (each.detach() for each in (output.loss, output.logits, output.elements))
+    return dataclasses.replace(output, loss=loss, logits=logits, elements=elements)
+
+
 class Adversary:
     """Accumulates the adversarial parameter gradient of one micro-batch after another."""
 
@@ -233,6 +240,8 @@ class _MicroBatch:
             run = self.passes.forward_kept if keeps else self.passes.probe
             clean = run(perturbation, 0)
             gradients = self._input_gradients(step_weight * clean.loss, leaves, retain_graph=keeps)
+            if not keeps:
+                clean = _values_of(clean)
         zero = clean.loss.new_zeros(())
         for branch in terms.branches:
             self._update(0, clean, zero, {name: leaves[name] for name in branch}, gradients)
