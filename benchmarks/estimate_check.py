@@ -16,7 +16,7 @@ from typing import Any
 import record
 import torch
 from alternating import status
-from ranks import run_ranks
+from ranks import EXACT_MEMORY, run_ranks
 
 from villa_ds.config import Recipe, load_recipe
 from villa_ds.data.lanes import BatchPlan
@@ -27,9 +27,6 @@ from villa_ds.train.loop import take_step
 from villa_ds.train.module import build_module
 from villa_ds.train.step import StepInput
 
-# Every larger tensor a mapping of its own, given back when it is freed: what is measured is what lives, without the
-# gaps that an allocator leaves between.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "0"}
 RUNS = (("plain PyTorch", 1), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2))
 
 
@@ -84,7 +81,7 @@ def rank_main(options: argparse.Namespace) -> None:
 def measure(options: argparse.Namespace, stage: str, ranks: int) -> dict[str, Any]:
     """What rank 0 of the stage measures."""
     command = [__file__, "--rank-of", stage, "--preset", options.preset, "--tokens", str(options.tokens)]
-    return run_ranks(ranks, *command, *(["--adversary"] if options.adversary else []), environment=ALLOCATOR)
+    return run_ranks(ranks, *command, *(["--adversary"] if options.adversary else []), environment=EXACT_MEMORY)
 
 
 def main() -> None:

@@ -8,6 +8,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+# Every larger tensor a mapping of its own, given back when it is freed: what is measured is what lives, without the
+# gaps that an allocator leaves between.
+EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "0"}
+
 
 def run_ranks(world: int, *command: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """`python command...` once a rank, one thread each; the JSON object on the last line that rank 0 printed.

@@ -3,13 +3,14 @@
     python benchmarks/zero.py --preset uniter-base --worlds 1 2 4
 
 Every collective that DeepSpeed calls is counted, with the bytes of the tensor that a rank hands in or gets, whichever
-is larger; nothing is taken from documentation. Memory is the resident set of a rank: what the engine adds at start, and
-the peak of an adversarial step, beside the ZeRO formula for states. Real ranks on this machine, over gloo.
+is larger; nothing is taken from documentation. Memory is the resident set of a rank: what it holds between steps, and
+the peak of an adversarial step, beside the ZeRO formula. Real ranks on this machine, over gloo.
 """
 
 import argparse
 import collections
 import ctypes
+import gc
 import json
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ import record
 import torch
 import torch.distributed
 from alternating import status
-from ranks import run_ranks
+from ranks import EXACT_MEMORY, run_ranks
 from workload import batch_of, manifest, vqa_objective, without_dropout
 
 from villa_ds.config import AdversaryConfig, EngineConfig, ModalityConfig, ModelConfig, OptimizerConfig
@@ -27,6 +28,7 @@ from villa_ds.train.adversary import Adversary
 from villa_ds.train.engine import build_engine
 from villa_ds.train.module import build_module
 from villa_ds.train.step import StepInput, adversarial_step, train_step
+from villa_ds.train.torch_engine import Engine
 
 COLLECTIVES = (
     "all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter", "all_gather_into_tensor", "all_gather",
@@ -71,15 +73,15 @@ class Counter:
         return taken
 
 
-def formula(parameters: int, stage: int, world: int) -> int:
-    """Bytes of weights, gradients and AdamW's states in float32 (Rajbhandari et al., 2020, section 5).
+def formula(parameters: int, stage: int, world: int) -> tuple[int, int]:
+    """Bytes of weights with AdamW's states, and of gradients, in float32 (Rajbhandari et al., 2020, section 5).
 
     From stage 1 on DeepSpeed keeps the weights that it updates apart from those that it computes with.
     """
     weights = gradients = 4 * parameters
     states = 8 * parameters + (4 * parameters if stage else 0)
     shared = {0: (1, 1, 1), 1: (1, 1, world), 2: (1, world, world), 3: (world, world, world)}[stage]
-    return sum(size // share for size, share in zip((weights, gradients, states), shared, strict=True))
+    return weights // shared[0] + states // shared[2], gradients // shared[1]
 
 
 def peak_of(run: Any) -> tuple[int, int]:
@@ -98,14 +100,24 @@ def rank_main(options: argparse.Namespace) -> None:
     counter = Counter()
     ds_config, reduction = VARIANTS[options.rank_of]
     objective = vqa_objective()
-    torch.manual_seed(0)
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    empty = status("VmRSS")
-    module = build_module(ModelConfig(preset=options.preset, **without_dropout()), [objective], manifest())
     settings = EngineConfig(
         name="deepspeed", ds_config=ds_config, device="cpu", threads=1, gradient_reduction=reduction
     )
-    engine = build_engine(module, settings, OptimizerConfig())
+
+    def engine_of(**sizes: int) -> Engine:
+        torch.manual_seed(0)
+        module = build_module(ModelConfig(preset=options.preset, **sizes, **without_dropout()), [objective], manifest())
+        return build_engine(module, settings, OptimizerConfig())
+
+    # A step of a tiny model: libraries are mapped on first use, which is no memory of a stage's.
+    tiny = engine_of(hidden_size=64, num_attention_heads=2, intermediate_size=64, num_hidden_layers=1)
+    train_step(tiny, StepInput(1, 0, objective, (batch_of(objective, [(3, 3)]),), (0,)))
+    tiny.update(1e-5)
+    del tiny
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    empty = status("VmRSS")
+    engine = engine_of()
     world = engine.world
     share = LANES // world
     lanes = tuple(range(engine.rank * share, (engine.rank + 1) * share))
@@ -129,7 +141,7 @@ def rank_main(options: argparse.Namespace) -> None:
         result["seconds"][f"K={steps}" if steps else "plain"] = time.perf_counter() - started
         result["collectives"][f"K={steps}" if steps else "plain"] = counter.take()
     rested, peak = peak_of(lambda: optimizer_step(options.steps[0]))
-    result |= {"resident_after_start": rested - empty, "resident_at_peak": peak - empty}
+    result |= {"resident_between_steps": rested - empty, "resident_at_peak": peak - empty}
     if engine.rank == 0:
         print(json.dumps(result))
 
@@ -137,16 +149,15 @@ def rank_main(options: argparse.Namespace) -> None:
 def measure(variant: str, world: int, options: argparse.Namespace) -> dict[str, Any]:
     """What rank 0 of the variant measures."""
     command = [__file__, "--rank-of", variant, "--preset", options.preset, "--rows", str(options.rows)]
-    return run_ranks(world, *command, "--steps", *map(str, options.steps))
+    return run_ranks(world, *command, "--steps", *map(str, options.steps), environment=EXACT_MEMORY)
 
 
 def describe(variant: str, world: int, measured: dict[str, Any]) -> list[str]:
     """Lines for the terminal."""
-    stage = int(VARIANTS[variant][0][4])
-    states = formula(measured["parameters"], stage, world)
     lines = [
-        f"{variant}, {world} ranks: resident {measured['resident_after_start'] / 2**20:.0f} MiB after start, "
-        f"{measured['resident_at_peak'] / 2**20:.0f} at the peak; states by formula {states / 2**20:.0f} MiB"
+        f"{variant}, {world} ranks: {measured['resident_between_steps'] / 2**20:.0f} MiB between steps, by formula "
+        f"{measured['states_by_formula'] / 2**20:.0f}; {measured['resident_at_peak'] / 2**20:.0f} at the peak, of "
+        f"which gradients by formula {measured['gradients_by_formula'] / 2**20:.0f}"
     ]
     for step, counts in measured["collectives"].items():
         calls = ", ".join(
@@ -176,7 +187,8 @@ def main() -> None:
         for world in options.worlds:
             measured = measure(variant, world, options)
             stage = int(VARIANTS[variant][0][4])
-            measured["states_by_formula"] = formula(measured["parameters"], stage, world)
+            states, gradients = formula(measured["parameters"], stage, world)
+            measured |= {"states_by_formula": states, "gradients_by_formula": gradients}
             results[f"{variant}, {world} ranks"] = measured
             print("\n".join(describe(variant, world, measured)), flush=True)
     content = {**started, "options": vars(options), "lanes": LANES, "results": results}
