@@ -142,6 +142,7 @@ def run(cell: Cell) -> Cell:
     if cell.path.exists():
         return cell
     recipe = cell.recipe()
+    whole = not recipe.run_directory.exists()  # one that was stopped goes on, and its time is not known
     started = time.process_time()
     content = {
         "task": cell.task.name,
@@ -166,7 +167,7 @@ def run(cell: Cell) -> Cell:
         {
             **content,
             **curves_of(recipe.run_directory, cell.task),
-            "cpu_s": time.process_time() - started,
+            "cpu_s": time.process_time() - started if whole else None,
             "commit": record.environment()["commit"],
         },
     )

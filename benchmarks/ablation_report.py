@@ -203,11 +203,12 @@ def _list(names: Sequence[str]) -> str:
 
 def _cost(cells: Cells) -> str:
     """CPU time in that of the baseline with the same task and seed."""
-    of_baseline = {(c["task"], c["seed"]): c["cpu_s"] for c in cells if c["variant"] == BASELINE}
+    timed = [cell for cell in cells if cell["cpu_s"] is not None]
+    of_baseline = {(cell["task"], cell["seed"]): cell["cpu_s"] for cell in timed if cell["variant"] == BASELINE}
     factors = {
         variant.name: [
             cell["cpu_s"] / of_baseline[cell["task"], cell["seed"]]
-            for cell in cells
+            for cell in timed
             if cell["variant"] == variant.name and (cell["task"], cell["seed"]) in of_baseline
         ]
         for variant in VARIANTS

@@ -94,6 +94,8 @@ def test_the_table_marks_clear_differences(report: ModuleType) -> None:
     assert "68.0 ± 24.8 (**+8.0 ± 0.0**), n = 3" in text
     assert "(+0.0 ± " in text
     assert "uniter 1.0, villa 0.8, r3f 0.5" in text  # CPU time: 5 and 3 beside 6
+    resumed = [{**cell, "cpu_s": None} if cell["variant"] == "r3f" else cell for cell in found]
+    assert "uniter 1.0, villa 0.8." in report.markdown(report.summary(resumed), resumed)
 
 
 def test_comparisons_are_counted_and_corrected(report: ModuleType) -> None:
