@@ -23,6 +23,7 @@ from villa_ds.pictures import INK, MUTED, PALETTE, picture
 Cells = Sequence[Mapping[str, Any]]
 
 CONFIDENCE = 0.95
+DRAWN_FROM = 3  # seeds: the interval of two is too wide to be looked at beside others
 CURVE_STEPS = 10  # optimizer steps that a point of a stored curve is the mean of
 STUDY_STEPS = 40  # last optimizer steps that the study's training losses are the mean of
 AGAINST = {variant.name: variant.against for variant in VARIANTS}
@@ -298,26 +299,36 @@ def study_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def draw_differences(table: Mapping[str, Any], path: Path) -> None:
     """Differences from the baseline at equal steps with their intervals, a panel for each task."""
-    tasks = [task for task in TASKS if any(name in table.get(task.name, {}) for name in EQUAL_STEPS)]
+    shown = {
+        task: {
+            place: entry
+            for place, name in enumerate(EQUAL_STEPS)
+            if len((entry := table.get(task.name, {}).get(name, {}).get("test", {})).get("paired_seeds", []))
+            >= DRAWN_FROM
+        }
+        for task in TASKS
+    }
+    shown = {task: entries for task, entries in shown.items() if entries}
+    if not shown:
+        return
     subtitle = (
-        f"Points of the test metric above {BASELINE} at equal steps, seed by seed: mean and 95% confidence interval"
+        f"Points of the test metric above {BASELINE} at equal steps, seed by seed: mean and 95% confidence interval\n"
+        f"Scales differ; left out is what fewer than {DRAWN_FROM} seeds say"
     )
-    with picture(path, "What the adversary is worth", subtitle, len(tasks), columns=3) as panels:
-        furthest = 0.0
-        for axes, task in zip(panels, tasks, strict=True):
-            for place, name in enumerate(EQUAL_STEPS):
-                entry = table[task.name].get(name, {}).get("test", {})
-                if "difference" not in entry:
-                    continue
-                half = 0.0 if math.isnan(entry["difference_half_width"]) else 100 * entry["difference_half_width"]
+    with picture(path, "What the adversary is worth", subtitle, len(shown), columns=3) as panels:
+        for axes, (task, entries) in zip(panels, shown.items(), strict=True):
+            for place, entry in entries.items():
+                half = 100 * entry["difference_half_width"]
                 axes.errorbar(100 * entry["difference"], place, xerr=half, fmt="o", capsize=3, color=PALETTE[0])
-                furthest = max(furthest, abs(100 * entry["difference"]) + half)
             axes.axvline(0, color=INK, linewidth=1)
-            axes.set(title=f"{task.name}, {task.metric}", ylim=(len(EQUAL_STEPS) - 0.5, -0.5))
+            furthest = 105 * max(
+                abs(entry["difference"]) + entry["difference_half_width"] for entry in entries.values()
+            )
+            axes.set(
+                title=f"{task.name}, {task.metric}", xlim=(-furthest, furthest), ylim=(len(EQUAL_STEPS) - 0.5, -0.5)
+            )
             axes.set_yticks(range(len(EQUAL_STEPS)), EQUAL_STEPS)
             axes.tick_params(axis="y", labelcolor=MUTED)
-        for axes in panels:  # one scale, so that widths can be compared
-            axes.set_xlim(-1.05 * furthest, 1.05 * furthest)
 
 
 def draw_curves(cells: Cells, task: Task, path: Path) -> None:
