@@ -387,16 +387,23 @@ def tables(results: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return data, texts
 
 
+def strict(data: Any) -> Any:
+    """The same with null for what is no number, such as the interval of a single seed: JSON knows no NaN."""
+    if isinstance(data, Mapping):
+        return {str(key): strict(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [strict(value) for value in data]
+    return None if isinstance(data, float) and math.isnan(data) else data
+
+
 def report(results: Path) -> None:
     """Write tables and pictures of all cells that are there, and print the tables."""
     data, texts = tables(results)
     if not data:
         print(f"no finished cells in {results}")
         return
-    replace_file(
-        results / "table.json",
-        (json.dumps({"environment": record.environment(("scipy",)), **data}, indent=1) + "\n").encode(),
-    )
+    content = strict({"environment": record.environment(("scipy",)), **data})
+    replace_file(results / "table.json", (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
     for name, text in texts.items():
         replace_file(results / name, text.encode())
         print(text)
