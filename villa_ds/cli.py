@@ -17,6 +17,9 @@ from villa_ds.errors import ConfigError, DataError, VillaError
 from villa_ds.resources import find_recipe
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)  # not of our making
+MEMORY_MEND = (
+    "lower data.tokens, data.lanes, data.prefetch or the model's sizes; `villa-ds estimate` says what a model takes"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,12 +41,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stderr.close()
         return 0
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if _no_memory(error):
+            print(f"villa-ds: not enough memory: {str(error).splitlines()[0]}; {MEMORY_MEND}", file=sys.stderr)
+            return VillaError.exit_code
+        if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
             raise
         print(f"villa-ds: {error.filename or 'a file'}: {error.strerror}; mend that, start again", file=sys.stderr)
         return VillaError.exit_code
     return result
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether the machine or a device had none left; torch says so in a RuntimeError, numpy in a MemoryError."""
+    words = ("can't allocate memory", "out of memory") if isinstance(error, RuntimeError) else ()
+    return (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or any(word in str(error) for word in words)
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

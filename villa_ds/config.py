@@ -118,6 +118,12 @@ class AdversaryConfig:
         for name in ("kl_weight", "task_weight", "clean_weight", "warmup_steps"):
             require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "give 0 or more")
         require(
+            self.kl_weight + self.task_weight > 0,
+            "kl_weight",
+            self.kl_weight,
+            "with task_weight 0 perturbed passes count for nothing: raise one of the two, or set adversary to null",
+        )
+        require(
             self.modality != "alternate" or self.objective == "released",
             "modality",
             self.modality,
@@ -179,6 +185,12 @@ class OptimizerConfig:
             require(0 <= beta < 1, "betas", list(self.betas), "give two numbers in [0, 1)")
         for name in ("eps", "weight_decay", "warmup_steps", "decay_start", "decay_rate", "head_multiplier"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        require(
+            self.schedule != "noam" or self.warmup_steps >= 1,
+            "warmup_steps",
+            self.warmup_steps,
+            "schedule noam needs 1 or more: without warm-up its rate is 0 for ever",
+        )
         require(self.decay_interval >= 1, "decay_interval", self.decay_interval, "give 1 or more")
 
 
@@ -195,7 +207,7 @@ class EngineConfig:
     threads: int = 0  # CPU threads; 0 leaves torch's choice
 
     def __post_init__(self) -> None:
-        require(self.threads >= 0, "threads", self.threads, "give 0 or more")
+        require(0 <= self.threads <= 1024, "threads", self.threads, "give 0 (torch's choice) to 1024")
 
 
 @dataclass(frozen=True)
@@ -260,7 +272,8 @@ class WatchConfig:
     timeout_s: float = 600.0  # longer than any step, save or micro-batch of a validation takes; 0: nobody watches
 
     def __post_init__(self) -> None:
-        require(self.timeout_s >= 0, "timeout_s", self.timeout_s, "give seconds, or 0 to watch nothing")
+        mend = "give seconds, at most 10,000,000, or 0 to watch nothing"
+        require(0 <= self.timeout_s <= 1e7, "timeout_s", self.timeout_s, mend)
 
 
 @dataclass(frozen=True)
@@ -297,6 +310,14 @@ class Recipe:
     log_sample_ids: bool = False  # write the ids of every step's samples to metrics.jsonl
 
     def __post_init__(self) -> None:
+        require(
+            self.output is not None or Path(self.name).name not in ("", ".."),
+            "name",
+            self.name,
+            "it names the run directory, runs/<name>: give a word, or an `output`",
+        )
+        require(self.output != "", "output", self.output, "give the folder of the run, or null for runs/<name>")
+        require(self.initialize != "", "initialize", self.initialize, "give weights, or null")
         require(len(self.tasks) > 0, "tasks", list(self.tasks), "name at least one data set and objective")
         require(len(self.phases) > 0, "phases", list(self.phases), "name at least one phase")
         for position, task in enumerate(self.tasks):
@@ -305,6 +326,14 @@ class Recipe:
                 f"tasks.{position}.data",
                 task.data,
                 f"data.sets has {sorted(self.data.sets)}",
+            )
+            pairs = [(other.data, other.objective) for other in self.tasks]
+            first = pairs.index((task.data, task.objective))
+            require(
+                first == position,
+                f"tasks.{position}",
+                f"{task.objective} on {task.data}",
+                f"tasks.{first} is the same, give that one the weight of both",
             )
         require(
             self.optimizer.schedule != "linear" or self.optimizer.warmup_steps < self.total_steps,

@@ -4,10 +4,10 @@ Everything that does not fit is a `ConfigError` with the dotted key. A dataclass
 ``__post_init__`` with `require`, whose keys are relative to it; `from_mapping` puts the path in front.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
-import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,8 @@ from villa_ds.errors import ConfigError
 T = TypeVar("T")
 _BOOLEAN = "tag:yaml.org,2002:bool"
 _MOST_NODES = 100_000  # of a recipe; anchors within anchors grow without bound
+_LARGEST_INT = 2**63 - 1  # what arrays, files and processes count with
+_LARGEST_FLOAT = 3.4e38  # what the 32 bits of a tensor's numbers hold
 
 
 class _Loader(yaml.SafeLoader):
@@ -206,7 +208,7 @@ def _convert(hint: Any, value: object, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}: expected keys and values, got {value!r}")
         return {str(key): _convert(arguments[1], item, _join(path, str(key))) for key, item in value.items()}
-    if origin is Literal and value not in arguments:
+    if origin is Literal and not any(value == one and type(value) is type(one) for one in arguments):
         raise ConfigError(f"{path}: {value!r} is not one of {', '.join(map(str, arguments))}")
     return value if origin is Literal else _convert_scalar(hint, value, path)
 
@@ -227,12 +229,13 @@ def _convert_tuple(arguments: tuple[Any, ...], value: object, path: str) -> tupl
 def _convert_scalar(hint: type, value: object, path: str) -> object:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
-            return float(value)
-        except ValueError:
-            number = False
-    if hint is float and number and abs(typing.cast(float, value)) <= sys.float_info.max:
-        return float(typing.cast(float, value))
+        with contextlib.suppress(ValueError):
+            value, number = float(value), True
+    if (hint is float and number) or type(value) is hint is int:
+        largest = _LARGEST_FLOAT if hint is float else _LARGEST_INT
+        if not abs(typing.cast(float, value)) <= largest:
+            raise ConfigError(f"{path}: {value!r} does not do: give a finite number, at most {largest}")
+        return float(typing.cast(float, value)) if hint is float else value
     if type(value) is hint:
         return value
     raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r}")

@@ -241,6 +241,9 @@ def test_a_batch_key_in_a_ds_config(root: Path, tmp_path: Path, capsys: pytest.C
 BAD_ENGINES = {
     "a ds_config that is a list": ({"name": "deepspeed", "ds_config": "list.json"}, "list.json: "),
     "a stage that does not exist": ({"name": "deepspeed", "ds_config": "stage7.json"}, "stage7.json: "),
+    "no group under zero_optimization": ({"name": "deepspeed", "ds_config": "number.json"}, "number.json: "),
+    "float16 on a CPU": ({"name": "deepspeed", "precision": "float16"}, "engine.precision: float16 needs a GPU"),
+    "a device without values": ({"device": "meta"}, "engine.device: 'meta'"),
     "an unknown device": ({"device": "quantum"}, "engine.device: 'quantum'"),
     "a device that this machine lacks": ({"device": "cuda:99"}, "engine.device: 'cuda:99'"),
 }
@@ -251,6 +254,7 @@ def test_an_engine_that_cannot_be(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "number.json").write_text('{"zero_optimization": 2}')
     (tmp_path / "stage7.json").write_text('{"zero_optimization": {"stage": 7}}')
     monkeypatch.chdir(tmp_path)
     engine, beginning = BAD_ENGINES[case]

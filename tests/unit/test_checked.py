@@ -44,6 +44,18 @@ def test_index_arrays_are_checked_too(tmp_path: Path) -> None:
         _ = load_manifest(tmp_path / "set", DataConfig(verify="shards", cache=str(tmp_path / "cache"))).index
 
 
+def test_the_vocabulary_is_read_whole_after_its_check(tmp_path: Path) -> None:
+    make_shards(tmp_path / "set", groups=2, shards=1)
+    settings = DataConfig(verify="shards", cache=str(tmp_path / "cache"))
+    pieces = load_manifest(tmp_path / "set").read_pieces()
+    assert load_manifest(tmp_path / "set", settings).read_pieces() == pieces  # computed
+    assert load_manifest(tmp_path / "set", settings).read_pieces() == pieces  # known
+    path = tmp_path / "set" / "vocab.txt"
+    path.write_bytes(b"another\n")
+    with pytest.raises(DamageError, match=r"set/vocab\.txt: sha256 is [0-9a-f]{64}, the manifest says .*put the right"):
+        load_manifest(tmp_path / "set", settings).read_pieces()
+
+
 def test_a_checksum_is_computed_once_for_each_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     computed = []
     original = checked._require

@@ -172,6 +172,14 @@ def test_trace_prints_what_the_function_yields(recipe: Path, capsys: pytest.Capt
     assert not (recipe.parent / "run").exists()
 
 
+@pytest.mark.parametrize("override", ["data.tokens=1000000000000", "model.hidden_size=10000000000"])
+def test_too_little_memory_is_one_line(recipe: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
+    assert main(["train", str(recipe), override]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("villa-ds: not enough memory: ")
+    assert "lower data.tokens" in last
+
+
 def test_a_reader_that_leaves_is_no_error(recipe: Path) -> None:
     command = f"'{sys.executable}' -m villa_ds trace '{recipe}' --steps 400 | head -n 1; exit ${{PIPESTATUS[0]}}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}

@@ -181,7 +181,9 @@ def test_building_checks_the_data_set() -> None:
             build_objective(name, ObjectivesConfig(), bare)
     with pytest.raises(ConfigError, match=r"objectives\.vqa\.num_answers: 0 does not do"):
         build_objective("vqa", ObjectivesConfig(), bare)
-    with pytest.raises(ConfigError, match="objective 'mim' is not one of gqa, itm, mlm, mrc, mrckl, mrfr"):
+    with pytest.raises(ConfigError, match=r"objectives\.vqa\.num_answers: 4 does not do: the list of tiny has 5; give"):
+        build_objective("vqa", ObjectivesConfig(vqa=VqaConfig(num_answers=4)), MANIFEST)
+    with pytest.raises(ConfigError, match="tasks: objective 'mim' is not one of gqa, itm, mlm, mrc, mrckl, mrfr"):
         build_objective("mim", ObjectivesConfig(), bare)
     head = build_objective("vqa", ObjectivesConfig(vqa=VqaConfig(num_answers=9)), bare).build_head(
         fresh("vqa").backbone

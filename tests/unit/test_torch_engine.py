@@ -185,3 +185,8 @@ def test_the_release_optimizer_is_the_default_and_several_ranks_are_refused(monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"engine\.name: 'torch' runs in one process: use engine\.name=deepspeed"):
         build_engine(module, EngineConfig(device="cpu"), OptimizerConfig())
+
+
+def test_a_ds_config_that_nobody_reads_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    build_engine(tiny_module("mlm"), EngineConfig(device="cpu", ds_config="zero3"), OptimizerConfig())
+    assert caplog.messages == ["engine.ds_config: 'zero3' is not read: engine.name is torch"]

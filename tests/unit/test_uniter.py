@@ -250,6 +250,7 @@ def test_presets_resolve_and_are_overridden() -> None:
         (ModelConfig(preset="uniter-huge"), r"model\.preset: 'uniter-huge' is not one of uniter-base, .*"),
         (ModelConfig(preset="uniter-demo", num_attention_heads=3), r"model\.num_attention_heads: 3 heads"),
         (ModelConfig(preset="uniter-demo", num_hidden_layers=0), r"model\.num_hidden_layers: 0 does not do"),
+        (ModelConfig(preset="uniter-demo", initializer_range=-1.0), r"model\.initializer_range: -1\.0 does not do"),
         (ModelConfig(preset="uniter-demo", hidden_dropout_prob=1.0), r"model\.hidden_dropout_prob: 1\.0 does not do"),
     ],
 )

@@ -27,7 +27,7 @@ class CheckedFiles:
         self._tidied = False
 
     def require(self, file: BinaryIO, sha256: str) -> None:
-        """DamageError, which says only what is wrong, unless the open file has this checksum."""
+        """DamageError, which says only what is wrong, unless the open file has this checksum; rewinds it."""
         status = os.fstat(file.fileno())
         mark = self._folder / f"{sha256}-{status.st_dev:x}-{status.st_ino:x}-{status.st_ctime_ns:x}"
         try:
@@ -59,3 +59,4 @@ def _require(file: BinaryIO, sha256: str) -> None:
     found = sha256_of(file)
     if found != sha256:
         raise DamageError(f"sha256 is {found}, the manifest says {sha256}")
+    file.seek(0)

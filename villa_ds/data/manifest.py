@@ -193,6 +193,8 @@ class Manifest:
                 content = file.read()
         except OSError as error:
             raise DataError(f"{self.store.at(VOCABULARY_NAME)}: cannot be read: {error.strerror}") from None
+        except DamageError as error:
+            raise DamageError(f"{self.store.at(VOCABULARY_NAME)}: {error}; put the right file there") from None
         if hashlib.sha256(content).hexdigest() != self.vocabulary.sha256:
             raise DataError(
                 f"{self.store.at(VOCABULARY_NAME)}: not the file that the set was written with; copy it again"

@@ -98,6 +98,8 @@ def _check(sizes: BackboneSizes) -> None:
             raise ConfigError(f"model.{item.name}: {value!r} does not do: give 1 or more")
         if item.name.endswith("dropout_prob") and not 0 <= value < 1:
             raise ConfigError(f"model.{item.name}: {value!r} does not do: give a probability below 1")
+        if item.name == "initializer_range" and value < 0:
+            raise ConfigError(f"model.{item.name}: {value!r} does not do: give 0 or more")
     if sizes.hidden_size % sizes.num_attention_heads:
         raise ConfigError(
             f"model.num_attention_heads: {sizes.num_attention_heads} heads do not divide "

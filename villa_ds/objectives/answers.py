@@ -117,11 +117,16 @@ def score_of_best(output: LossOutput, batch: Batch) -> Tensor:
 
 
 def count_answers(objective: str, configured: int | None, manifest: Manifest) -> int:
-    """How many answers an objective scores: as configured, else those of the set. ConfigError if there are none."""
+    """How many answers an objective scores: as configured, else those of the set. ConfigError if none, or too few."""
     count = configured if configured is not None else len(manifest.answers)
     if count < 1:
         raise ConfigError(
             f"objectives.{objective}.num_answers: {count!r} does not do: give 1 or more, or a set with an answer list "
             f"({manifest.store} has none)"
+        )
+    if count < len(manifest.answers):  # now, not at the step that meets a rare answer
+        raise ConfigError(
+            f"objectives.{objective}.num_answers: {count} does not do: the list of {manifest.store} has "
+            f"{len(manifest.answers)}; give that many or more, or null"
         )
     return count

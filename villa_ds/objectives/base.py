@@ -174,5 +174,5 @@ def register(*names: str) -> Callable[[Builder], Builder]:
 def build_objective(name: str, settings: ObjectivesConfig, manifest: Manifest) -> Objective:
     """The objective `name` for a data set described by `manifest` (its vocabulary, detector classes, answers)."""
     if name not in _BUILDERS:
-        raise ConfigError(f"objective {name!r} is not one of {', '.join(sorted(_BUILDERS))}")
+        raise ConfigError(f"tasks: objective {name!r} is not one of {', '.join(sorted(_BUILDERS))}")
     return _BUILDERS[name](name, settings, manifest)

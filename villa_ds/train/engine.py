@@ -35,6 +35,8 @@ from villa_ds.train.parameters import (
 )
 from villa_ds.train.torch_engine import Engine, TorchEngine, count_parameters, device_of, groups_of, step_count
 
+log = logging.getLogger("villa_ds")
+
 OWNED_KEYS = {  # of a DeepSpeed configuration, and what decides it here
     "train_batch_size": "data.tokens and data.lanes",
     "train_micro_batch_size_per_gpu": "data.tokens",
@@ -57,6 +59,8 @@ def build_engine(
         return DeepSpeedEngine(module, config, optimizer, timeout_s)
     if is_one_of_several():
         raise ConfigError("engine.name: 'torch' runs in one process: use engine.name=deepspeed with several ranks")
+    if config.ds_config is not None:
+        log.warning("engine.ds_config: %r is not read: engine.name is torch", config.ds_config)
     return TorchEngine(module, config, optimizer)
 
 
@@ -104,7 +108,8 @@ def read_ds_config(name: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
     stages = (0, 1, 2, 3)
-    if not isinstance(content, dict) or content.get("zero_optimization", {}).get("stage", 0) not in stages:
+    zero = content.get("zero_optimization", {}) if isinstance(content, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in stages:
         raise ConfigError(f"{path}: expected a JSON object whose zero_optimization.stage is one of {stages}")
     for key, owner in OWNED_KEYS.items():
         if key in content:
@@ -131,6 +136,8 @@ class DeepSpeedEngine:
         self._stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         self._offloads = "offload_optimizer" in settings.get("zero_optimization", {})
         self._scales_loss = config.precision == "float16"
+        if self._scales_loss and self.device.type == "cpu":
+            raise ConfigError("engine.precision: float16 needs a GPU: use float32, or bfloat16")
         if self._scales_loss and self._stage == 0:
             raise ConfigError("engine.precision: float16 needs ZeRO stage 1, 2 or 3: change engine.ds_config")
         if config.compile and self._stage == 3:

@@ -175,12 +175,7 @@ def constant(step: int, warmup_steps: int) -> float:
 
 
 def noam(step: int, warmup_steps: int) -> float:
-    """Multiplier that rises linearly to 1 at `warmup_steps`, then falls with the inverse square root of the step.
-
-    Raises ConfigError unless ``warmup_steps >= 1``: without warm-up it would be 0 for ever.
-    """
-    if warmup_steps < 1:
-        raise ConfigError(f"optimizer.warmup_steps: {warmup_steps} does not do: schedule noam needs 1 or more")
+    """Multiplier that rises linearly to 1 at `warmup_steps` >= 1, then falls with the inverse root of the step."""
     return step / warmup_steps if step <= warmup_steps else math.sqrt(warmup_steps / step)
 
 

@@ -185,7 +185,7 @@ def device_of(config: EngineConfig) -> torch.device:
     name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"engine.device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
