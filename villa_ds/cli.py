@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from villa_ds import __version__
-from villa_ds.cli_shards import add_extractor, add_shards, positive
+from villa_ds.cli_shards import above_zero, add_extractor, add_shards, positive
 from villa_ds.config import load_recipe
 from villa_ds.errors import ConfigError, DataError, VillaError
 from villa_ds.resources import find_recipe
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)  # not of our making
+DISK_ERRORS = (  # not of our making: the disk's, and of paths that cannot be what they were given as
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 MEMORY_MEND = (
     "lower data.tokens, data.lanes, data.prefetch or the model's sizes; `villa-ds estimate` says what a model takes"
 )
@@ -137,9 +140,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_estimate(command: argparse.ArgumentParser) -> None:
     _add_recipe(command)
     command.add_argument("--gpus", type=positive, default=1, help="devices, one rank each")
-    command.add_argument("--gpu-memory-gib", type=float, default=80.0, metavar="G")
-    command.add_argument("--tflops", type=float, default=312.0, help="of a device at its best (an A100's in bfloat16)")
-    command.add_argument("--utilisation", type=float, default=0.35, help="share of it that training reaches; assumed")
+    command.add_argument("--gpu-memory-gib", type=above_zero, default=80.0, metavar="G")
+    command.add_argument(
+        "--tflops", type=above_zero, default=312.0, help="of a device at its best (an A100's in bfloat16)"
+    )
+    command.add_argument(
+        "--utilisation", type=above_zero, default=0.35, help="share of it that training reaches; assumed"
+    )
     command.set_defaults(run=_estimate)
 
 
@@ -184,6 +191,8 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     named = [override for override in parsed.overrides if override.startswith("checkpoint=")]
     recipe = load_recipe(find_recipe(parsed.recipe), [item for item in parsed.overrides if item not in named])
     checkpoints = [Path(item.removeprefix("checkpoint=")) for item in named]
+    if checkpoints and parsed.initial:
+        raise ConfigError(f"{named[0]}: --initial asks for the model before its first step: leave out one of the two")
     if len(checkpoints) > 1:
         evaluate_ensemble(recipe, checkpoints, parsed.limit)
     else:
@@ -206,6 +215,8 @@ def _predict(parsed: argparse.Namespace) -> int:
         if parsed.image is not None:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="villa-ds-")))
             images, texts = single_picture(scratch, parsed.image, parsed.text)
+        if parsed.out is not None:
+            parsed.out.parent.mkdir(parents=True, exist_ok=True)
         rows = predictor.ask(images, texts, parsed.top, parsed.processes)
         out = sys.stdout if parsed.out is None else stack.enter_context(parsed.out.open("w", encoding="utf-8"))
         for row in rows:

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import math
 import shlex
 import signal
 import sys
@@ -228,6 +229,14 @@ def _add_tools(actions: "Actions") -> None:
         if name == "reshard":
             action.add_argument("--shuffle", type=int, metavar="SEED", help="mix the groups")
         action.set_defaults(run={"merge": _merge, "split": _split, "reshard": _reshard}[name])
+
+
+def above_zero(text: str) -> float:
+    """An argument that counts what there is some of."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return number
 
 
 def positive(text: str) -> int:

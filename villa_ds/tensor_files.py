@@ -33,11 +33,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_weights(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name as .safetensors, or as .pt, which the reference code reads."""
+    """Write tensors by name as .safetensors, or as .pt, which the reference code reads; makes the folder."""
     path = Path(path)
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file(dict(tensors), path)
-    elif path.suffix == ".pt":
-        torch.save(dict(tensors), path)
-    else:
+    if path.suffix not in (".safetensors", ".pt"):
         raise WeightsError(f"{path}: weights are written as .safetensors or .pt, not {path.suffix!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if path.suffix == ".safetensors":
+            safetensors.torch.save_file(dict(tensors), path)
+        else:
+            torch.save(dict(tensors), path)
+    except (safetensors.SafetensorError, RuntimeError) as error:  # what they make of an OSError
+        raise WeightsError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from None

@@ -100,7 +100,7 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str
         ("data.lanes=0", "data.lanes: 0 does not do: give 1 or more"),
         ("data.lanes=[", "data.lanes: '[' is not YAML"),
         ("seed.x=1", "seed.x: seed is 10, not a group of keys"),
-        ("tasks.0.objective=mlmm", "objective 'mlmm' is not one of gqa, itm, mlm,"),
+        ("tasks.0.objective=mlmm", "tasks: objective 'mlmm' is not one of gqa, itm, mlm,"),
         ("tasks.0.data=demos", "tasks.0.data: 'demos' does not do: data.sets has ['demo']"),
         ("engine.name=horovod", "engine.name: 'horovod' is not one of torch, deepspeed"),
         ("model.preset=bert", "model.preset: 'bert' is not one of"),
@@ -178,6 +178,26 @@ def test_too_little_memory_is_one_line(recipe: Path, capsys: pytest.CaptureFixtu
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("villa-ds: not enough memory: ")
     assert "lower data.tokens" in last
+
+
+def test_an_estimate_needs_numbers_above_zero(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option, number in (("--tflops", "0"), ("--utilisation", "-1"), ("--gpu-memory-gib", "nan")):
+        assert exit_of("estimate", str(recipe), option, number) == 2
+        assert f"argument {option}: {number} is not a finite number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "{recipe}", "output={recipe}"], "{recipe}: Not a directory; mend that, start again"),
+        (["evaluate", "{recipe}", "--initial", "checkpoint=x"], "checkpoint=x: --initial asks for the model before"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    recipe: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([argument.format(recipe=recipe) for argument in arguments]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"villa-ds: {message.format(recipe=recipe)}")
 
 
 def test_a_reader_that_leaves_is_no_error(recipe: Path) -> None:

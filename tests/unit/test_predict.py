@@ -143,8 +143,8 @@ def test_one_picture_and_some_questions(world: World, capsys: pytest.CaptureFixt
     again = predictor.ask(world.images, write_lines(world.root / "two.jsonl", lines))
     for row, other in zip(rows, again, strict=True):
         assert row["probability"] == pytest.approx(other["probability"], rel=1e-5)
-    assert main([*command, "--out", str(world.root / "out.jsonl")]) == 0
-    assert [json.loads(line) for line in (world.root / "out.jsonl").read_text().splitlines()] == rows
+    assert main([*command, "--out", str(world.root / "new" / "out.jsonl")]) == 0
+    assert [json.loads(line) for line in (world.root / "new" / "out.jsonl").read_text().splitlines()] == rows
 
 
 def test_matching_takes_pairs_as_they_are(world: World) -> None:

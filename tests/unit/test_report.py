@@ -346,6 +346,7 @@ def test_a_set_of_which_nothing_is_known(tmp_path: Path, monkeypatch: pytest.Mon
         (["{uniter}", "--text", "nobody"], "--text 'nobody': "),
         (["{uniter}", "--set", "{shards}/vcr/test"], "trained with another vocabulary"),
         (["{uniter}", "--set", "{root}"], "manifest.json"),
+        (["{uniter}", "--out", "."], "--out .: is a folder: give the name of a file in it, such as report.html"),
         (["{uniter}", "--out", "page.json"], "--out page.json: is the page's name, and the numbers go beside it"),
     ],
 )

@@ -306,6 +306,18 @@ def test_unreadable_files(tmp_path: Path) -> None:
             act(tmp_path / "weights.npz")
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_are_written_into_a_new_folder_or_refused_in_one_line(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "new" / f"weights{suffix}"
+    write_weights(path, {"weight": torch.ones(2)})
+    assert read_weights(path)["weight"].tolist() == [1.0, 1.0]
+    taken = tmp_path / f"taken{suffix}"
+    taken.mkdir()
+    with pytest.raises(WeightsError, match=rf"taken{suffix}: cannot be written: .") as caught:
+        write_weights(taken, {"weight": torch.ones(2)})
+    assert "\n" not in str(caught.value)
+
+
 def bert_folder(folder: Path, file: str) -> Weights:
     """A Hugging Face BERT folder of the tiny sizes; returns its weights by the reference's names."""
     own = {

@@ -39,6 +39,8 @@ def report(named: Sequence[str], out: Path, inside: Inside, command: str, device
     """
     if out.suffix == NUMBERS_SUFFIX:
         raise ConfigError(f"--out {out}: is the page's name, and the numbers go beside it: give one that ends in .html")
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder: give the name of a file in it, such as {out / 'report.html'}")
     found = look(open_runs(named), inside, device)
     runs = [run.label for run in found.runs]
     made = {
