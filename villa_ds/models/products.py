@@ -32,11 +32,11 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) ->
     """`states` [..., I] times `weight` [O, I] transposed, plus `bias` [O]: [..., O]; `onednn` allows its kernels."""
     if (
         onednn
+        and not torch.compiler.is_compiling()
         and states.device.type == "cpu"
         and states.dtype == weight.dtype == torch.float32
         and 2 * states.numel() * weight.shape[0] >= WORTHWHILE
         and onednn_product() is not None
-        and not torch.compiler.is_compiling()
     ):
         carrier = _WeightGradient.apply(states.detach(), weight, bias)  # type: ignore[no-untyped-call]
         product: Tensor = _OneDnnLinear.apply(states, weight, bias, carrier)  # type: ignore[no-untyped-call]
