@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (MemoryError, OSError, RuntimeError) as error:
         if _no_memory(error):
-            print(f"villa-ds: not enough memory: {str(error).splitlines()[0]}; {MEMORY_MEND}", file=sys.stderr)
+            said = next(iter(str(error).splitlines()), type(error).__name__)
+            print(f"villa-ds: not enough memory: {said}; {MEMORY_MEND}", file=sys.stderr)
             return VillaError.exit_code
         if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
             raise

@@ -1,5 +1,6 @@
 """The command line: parsing, exit codes, one clear line instead of a traceback."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.dist.ranks import REPOSITORY
 from tests.runs import make_data, tiny_recipe, write_recipe
@@ -172,12 +174,28 @@ def test_trace_prints_what_the_function_yields(recipe: Path, capsys: pytest.Capt
     assert not (recipe.parent / "run").exists()
 
 
-@pytest.mark.parametrize("override", ["data.tokens=1000000000000", "model.hidden_size=10000000000"])
-def test_too_little_memory_is_one_line(recipe: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
-    assert main(["train", str(recipe), override]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("villa-ds: not enough memory: ")
-    assert "lower data.tokens" in last
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "MemoryError"),
+        (MemoryError("Unable to allocate 9 GiB\nfor an array"), "Unable to allocate 9 GiB"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "[Errno 12] Cannot allocate memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"),
+            "DefaultCPUAllocator: can't allocate memory: 9",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"), "CUDA out of memory. Tried 9 GiB"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("villa_ds.train.loop.train", fail)
+    assert main(["train", str(recipe)]) == 2
+    assert capsys.readouterr().err.startswith(f"villa-ds: not enough memory: {said}; lower data.tokens")
 
 
 def test_an_estimate_needs_numbers_above_zero(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
