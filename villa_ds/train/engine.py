@@ -136,8 +136,6 @@ class DeepSpeedEngine:
         self._stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         self._offloads = "offload_optimizer" in settings.get("zero_optimization", {})
         self._scales_loss = config.precision == "float16"
-        if self._scales_loss and self.device.type == "cpu":
-            raise ConfigError("engine.precision: float16 needs a GPU: use float32, or bfloat16")
         if self._scales_loss and self._stage == 0:
             raise ConfigError("engine.precision: float16 needs ZeRO stage 1, 2 or 3: change engine.ds_config")
         if config.compile and self._stage == 3:
@@ -181,6 +179,8 @@ class DeepSpeedEngine:
             if self.device.type == "cpu":
                 # Compiled on first use in a minute; only inference uses it.
                 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            if self._scales_loss and not deepspeed.get_accelerator().is_fp16_supported():
+                raise ConfigError("engine.precision: float16 needs a GPU that has it: use float32, or bfloat16")
             if not torch.distributed.is_initialized():
                 backend = "nccl" if self.device.type == "cuda" else "gloo"
                 try:
