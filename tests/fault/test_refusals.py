@@ -243,6 +243,10 @@ BAD_ENGINES = {
     "a stage that does not exist": ({"name": "deepspeed", "ds_config": "stage7.json"}, "stage7.json: "),
     "no group under zero_optimization": ({"name": "deepspeed", "ds_config": "number.json"}, "number.json: "),
     "float16 on a CPU": ({"name": "deepspeed", "precision": "float16"}, "engine.precision: float16 needs a GPU"),
+    "compiled layers at stage 3": (
+        {"name": "deepspeed", "ds_config": "zero3", "compile": True},
+        "engine.compile: layers cannot be compiled at ZeRO stage 3",
+    ),
     "a device without values": ({"device": "meta"}, "engine.device: 'meta'"),
     "an unknown device": ({"device": "quantum"}, "engine.device: 'quantum'"),
     "a device that this machine lacks": ({"device": "cuda:99"}, "engine.device: 'cuda:99'"),

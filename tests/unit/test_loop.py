@@ -170,6 +170,7 @@ def test_a_run_holds_what_the_design_lists(root: Path, straight: tuple[Path, Res
     log = (run / "log.txt").read_text()
     assert f"optimizer steps 1 to {STEPS}: {STANDARD} standard, then {ADVERSARIAL} adversarial" in log
     assert "an optimizer step is the mean of 2 micro-batches of up to 128 tokens" in log
+    assert "kernels: LayerNorm torch's; attention scaled_dot_product_attention" in log
     state = json.loads((checkpoint(run, STEPS) / "run.json").read_text())
     assert state["step"] == state["position"]["step"] == STEPS
     assert state["batch_plan"] == {"lanes": 2, "world": 1}
