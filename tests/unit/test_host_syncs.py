@@ -53,6 +53,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recompute": {"clean_graph": "recompute"},
     "alternate": {"modality": "alternate"},
     "linf": {"norm": "linf"},
+    "uniform start": {"init": "uniform"},
+    "uniform start, recompute": {"init": "uniform", "clean_graph": "recompute"},
+    "detached": {"clean": "detached"},
     "textbook": {"schedule": "textbook", "dropout": "independent"},
 }
 CASES = [
@@ -70,7 +73,7 @@ def test_a_step_asks_nothing(name: str, variant: str | None) -> None:
     batches = tuple(tiny_batch(objective, start=start, dtype=torch.float32) for start in (0, 4))
     work = StepInput(1, 0, objective, batches, (0, 1))
     step = ModalityConfig(0.1, max_norm=0.3, init_norm=0.2)
-    settings: dict[str, Any] = {"text": step, "image": step, "modality": "both", "init": "uniform"}
+    settings: dict[str, Any] = {"text": step, "image": step, "modality": "both"}
     if variant is None:
         assert questions(lambda: train_step(engine, work)) == {}
     else:
