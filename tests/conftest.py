@@ -1,12 +1,18 @@
 """Applies to all tests."""
 
 import logging
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from villa_ds.data.manifest import Manifest
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach what tests start: after `make test &` in a script it is ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
