@@ -1,9 +1,11 @@
 """Start real ranks of a module on this machine, over gloo."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,10 +35,19 @@ def start_ranks(world: int, *command: str, **environment: str) -> list[subproces
 
 
 def run_ranks(world: int, *command: str, timeout: float = 240, **environment: str) -> list[str]:
-    """Run all ranks to their end; their standard outputs. A rank that fails fails the test with its stderr."""
-    processes = start_ranks(world, *command, **environment)
+    """Run all ranks to their end; their standard outputs. A rank that fails or hangs fails the test with its stderr."""
+    processes = start_ranks(world, *command, PYTHONFAULTHANDLER="1", **environment)
+
+    def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
+        try:
+            return process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # its stderr ends with where each thread is
+            return process.communicate(timeout=20)
+
     try:
-        results = [process.communicate(timeout=timeout) for process in processes]
+        with ThreadPoolExecutor(world) as pool:  # at once, lest one waits for another's output to be read
+            results = list(pool.map(finish, processes))
     finally:
         for process in processes:
             process.kill()

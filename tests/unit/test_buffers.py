@@ -1,6 +1,8 @@
 """Buffers of batches: used again when their tensors are gone, and not before."""
 
+import os
 import pickle
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from villa_ds.data.buffers import Buffers, Place
 from villa_ds.data.digest import digest
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import Loader
+from villa_ds.data.processes import fork_server
 
 
 def fill(buffers: Buffers, value: int) -> tuple[int, Place]:
@@ -65,6 +68,26 @@ def test_a_pickle_finds_the_same_buffers_and_none_in_another_process() -> None:
     assert pickle.loads(data) is buffers  # noqa: S301
     del buffers
     assert pickle.loads(data).take(0) is None  # noqa: S301
+
+
+def fill_in_another_process(buffers: Buffers, results: "SimpleQueue[tuple[int, Place, bool]]") -> None:
+    results.put((*fill(buffers, 7), buffers.take(0) is None))
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no anonymous files here: other processes have no buffers")
+def test_a_process_that_was_started_with_buffers_fills_them() -> None:
+    context, buffers = fork_server(), Buffers(workers=1, count=1, size=4096)
+    results: SimpleQueue[tuple[int, Place, bool]] = context.SimpleQueue()
+    process = context.Process(target=fill_in_another_process, args=(buffers, results))
+    process.start()
+    number, place, full = results.get()
+    process.join()
+    assert full
+    assert buffers.take(0) is None
+    tensor = buffers.lease(number).tensor(place)
+    assert tensor.tolist() == [[7.0] * 4] * 3
+    del tensor
+    assert fill(buffers, 8)[0] == number
 
 
 @pytest.mark.parametrize("workers", [0, 1])

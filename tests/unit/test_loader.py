@@ -26,7 +26,7 @@ from villa_ds.data.digest import digest
 from villa_ds.data.lanes import BatchPlan, draw_task
 from villa_ds.data.loader import EVALUATION_NAME, EVALUATION_SEED, EvaluationLoader, Loader, StepBatches
 from villa_ds.data.manifest import Manifest, load_manifest
-from villa_ds.errors import CheckpointError, ConfigError, DamageError
+from villa_ds.errors import CheckpointError, ConfigError, DamageError, DataError
 from villa_ds.rng import Stream
 
 Sets = dict[str, Manifest]
@@ -245,23 +245,64 @@ root, how, marker = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 sets = {name: load_manifest(root / name) for name in ("large", "tiny")}
 steps = iter(make_loader(sets, steps=400, workers=2, tasks=[("large", Failing("failing", marker=marker), 1.0)]))
 next(steps)
-children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+def below(process):
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [*children, *(one for child in children for one in below(child))]
+
+others = below(os.getpid())  # loader processes, what they are forked from, what keeps account of shared things
 notices = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 pid = os.fork()  # a process that is not the trainer
 if pid == 0:
-    for child in children:
+    for other in others:
         for number in notices:
-            os.kill(int(child), number)
+            os.kill(int(other), number)
     os._exit(0)
 os.waitpid(pid, 0)
 for _ in range(30):
     step = next(steps)
-print(len(children), step.step, flush=True)
+print(len(others), step.step, flush=True)
 if how == "crash":
     Path(marker).touch()
     list(steps)
 sys.exit(75)  # with the loader processes still running
 """
+
+
+def below(process: int) -> list[int]:
+    """Children, and theirs."""
+    children = list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+    return [*children, *(one for child in children for one in below(child))]
+
+
+def status(process: int) -> dict[str, str]:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_loader_processes_are_forked_by_a_process_without_threads(sets: Sets) -> None:
+    """One forked by a process with threads hung now and then, on a lock that gloo's held at the time."""
+    before = below(os.getpid())
+    loader = make_loader(sets, workers=2)
+    next(iter(loader))
+    started = [process for process in below(os.getpid()) if process not in before]
+    servers = {int(status(process)["PPid"]) for process in started if status(process)["Threads"] != "1"}
+    assert len(servers) == 1
+    assert os.getpid() not in servers
+    assert status(servers.pop())["Threads"] == "1"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_a_killed_loader_process_is_one_line(sets: Sets) -> None:
+    before = below(os.getpid())
+    steps = iter(make_loader(sets, workers=1, steps=400))
+    next(steps)
+    for process in below(os.getpid()):
+        if process not in before and status(process)["Threads"] != "1":  # not what it was forked from
+            os.kill(process, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"a loader process was killed, perhaps for memory; give fewer data\.workers"):
+        list(steps)
 
 
 @pytest.mark.slow
@@ -279,7 +320,7 @@ def test_loader_processes_outlive_a_schedulers_notice_and_end_with_the_trainer(
         timeout=60,  # it would wait for its loader processes for ever
         check=False,
     )
-    assert (done.returncode, done.stdout.split()) == (status, ["2", "31"]), done.stderr
+    assert (done.returncode, done.stdout.split()) == (status, ["4", "31"]), done.stderr
     assert error in done.stderr
 
 

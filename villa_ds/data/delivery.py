@@ -18,10 +18,11 @@ from villa_ds.batch import Batch, Example, Reads, Sample
 from villa_ds.data.buffers import Buffers, Place
 from villa_ds.data.collate import Empty, collate
 from villa_ds.data.line import IntArray
+from villa_ds.data.processes import end_with_parent, fork_server
 from villa_ds.data.quarantine import Damage, DamagedError
 from villa_ds.data.reader import ShardReader
 from villa_ds.data.sizes import RowRule, longest_texts, sizes_of
-from villa_ds.errors import VillaError
+from villa_ds.errors import DataError, VillaError
 from villa_ds.rng import Stream
 
 OPEN_FILES = 1 << 16  # a step of 1000 micro-batches a rank, with what is loaded ahead, needs a fifth of it
@@ -250,17 +251,24 @@ def deliver(
         pin_memory=pin_memory,
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=_heed_the_trainer_only,
+        multiprocessing_context=fork_server() if workers else None,
         generator=torch.Generator(),  # else torch draws its workers' seed from the generator that dropout uses
     )
-    return _sound(iter(batches))  # not lazily: processes are forked before the caller starts threads
+    return _sound(iter(batches))  # not lazily: processes begin to load at once
 
 
 def _sound(batches: Iterator[Delivered | _Placed | VillaError]) -> Generator[Delivered, None, None]:
-    for made in batches:
-        if isinstance(made, VillaError):
-            raise made
-        yield made.open() if isinstance(made, _Placed) else made
-        del made  # or its memory would be in use while the next is waited for
+    try:
+        for made in batches:
+            if isinstance(made, VillaError):
+                raise made
+            yield made.open() if isinstance(made, _Placed) else made
+            del made  # or its memory would be in use while the next is waited for
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):  # torch has no type for it
+            raise
+        mend = "give fewer data.workers or less data.prefetch, and start again to go on"
+        raise DataError(f"a loader process was killed, perhaps for memory; {mend}") from None
 
 
 def _allow_many_files() -> None:
@@ -276,16 +284,18 @@ def _as_it_is(made: Any) -> Any:
 
 
 def _heed_the_trainer_only(_: int) -> None:
-    """Let a loader process outlive a scheduler's notice, which goes to every process of a job.
+    """Let a loader process outlive a scheduler's notice, which goes to every process of a job, but not the trainer.
 
-    The notice is meant for the trainer, which finishes its step and saves, and needs its loader processes for that.
+    The notice is meant for the trainer, which finishes its step and saves, and needs its loader processes for that;
+    they were started with `NOTICES` blocked.
     """
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()
-    if trainer is not None and hasattr(signal, "sigwaitinfo"):  # macOS lacks it: torch's own handler stays
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_at_its_word, args=(trainer.pid,), daemon=True).start()
+    if trainer is not None:
+        end_with_parent()
+        if hasattr(signal, "sigwaitinfo"):
+            threading.Thread(target=_end_at_its_word, args=(trainer.pid,), daemon=True).start()
+        else:  # macOS
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _end_at_its_word(trainer: int) -> None:

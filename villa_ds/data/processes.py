@@ -1,4 +1,9 @@
-"""Work spread over processes, its results in order."""
+"""Work spread over processes, its results in order, and where a run's loader processes come from.
+
+Never by a plain fork: a run has threads that are not Python's (gloo's, NCCL's, those of torch), and a child that is
+forked while one of them holds a lock waits for it for ever. CPython before 3.13 has such a lock of its own, taken
+by a thread that drops a tensor.
+"""
 
 import contextlib
 import multiprocessing
@@ -6,11 +11,13 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as NotYetError  # not the built-in one before Python 3.11
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
@@ -20,6 +27,9 @@ T = TypeVar("T")
 U = TypeVar("U")
 _GRACE_S = 2.0  # for the pool to notice by itself that a process was killed
 _AHEAD = 2  # chunks a process: one at work, one waiting; more only takes memory
+# What a scheduler or a terminal sends to every process of a job, and is meant for the first one.
+NOTICES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_PRELOADED = ["villa_ds.data.delivery", "villa_ds.objectives"]  # once, by the fork server
 _function: Callable[[Any], Any] | None = None  # of a worker process
 
 
@@ -34,7 +44,6 @@ def in_order(function: Callable[[T], U], items: Sequence[T], processes: int | No
     if count <= 1:
         yield from map(function, items)
         return
-    # Not fork: a forked child of a process with threads can hang on a lock that one of them held.
     context = multiprocessing.get_context("spawn")
     waiting: deque[Future[list[U]]] = deque()
     with (
@@ -47,7 +56,7 @@ def in_order(function: Callable[[T], U], items: Sequence[T], processes: int | No
             for start in range(0, len(items), chunk):
                 # not a slice: items may be made one by one
                 part = [items[place] for place in range(start, min(start + chunk, len(items)))]
-                with _interrupts_wait():  # a call may start a process
+                with _held_back({signal.SIGINT}):  # a call may start a process
                     waiting.append(pool.submit(_work, part))
                 workers |= set(multiprocessing.active_children()) - others
                 if len(waiting) == _AHEAD * count:
@@ -79,11 +88,26 @@ def _result(pool: ProcessPoolExecutor, future: "Future[list[U]]", workers: set[B
                 workers = set()
 
 
+def fork_server() -> ForkServerContext:
+    """A context whose processes are forked by a server, which this process starts unless it has one; returns at once.
+
+    The server has no threads, has imported what its processes need, leaves `NOTICES` to this process and ends with it.
+    Its processes have `NOTICES` blocked.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    with _held_back(NOTICES):  # which a process inherits for good
+        forkserver.ensure_running()
+    return context
+
+
 @contextlib.contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Processes started inside never see SIGINT, not even before they have begun; here it comes a moment later."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Processes started inside never see these, not even before they have begun; here they come a moment later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
+        resource_tracker.ensure_running()  # which starts with the first process, and lets SIGINT and SIGTERM through
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -93,11 +117,15 @@ def _begin(function: Callable[[Any], Any]) -> None:
     global _function  # noqa: PLW0603  # a process has no other place that outlives a call
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal it comes to all; the first process decides
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have a thread see to it that this process ends with its parent: else `kill -9` leaves it waiting for ever."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Not even `kill -9` of the first process may leave others waiting for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -15,6 +15,7 @@ from villa_ds.config import Recipe
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import EvaluationLoader, Loader
 from villa_ds.data.manifest import Manifest, load_manifest
+from villa_ds.data.processes import fork_server
 from villa_ds.data.sizes import SPECIAL_TOKENS, sizes_of
 from villa_ds.data.transport import join
 from villa_ds.errors import CheckpointError, ConfigError, DataError
@@ -57,6 +58,8 @@ class RunData:
 def open_data(recipe: Recipe) -> RunData:
     """Load the manifests and build the objectives; sets that do not fit together are a `DataError`."""
     settings = recipe.data
+    if settings.workers:
+        fork_server()  # it imports torch meanwhile
     sets = {name: load_manifest(join(settings.root, place), settings) for name, place in settings.sets.items()}
     validation = {
         name: load_manifest(join(settings.root, place), settings) for name, place in settings.validation.items()
