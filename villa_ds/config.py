@@ -159,6 +159,12 @@ class PhaseConfig:
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", self.steps, "give 1 or more")
+        require(
+            self.adversary is None or self.adversary.warmup_steps < self.steps,
+            "adversary.warmup_steps",
+            self.adversary and self.adversary.warmup_steps,
+            f"the phase has {self.steps} steps, give less, or it never reaches its full size",
+        )
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,8 @@ class EngineConfig:
     threads: int = 0  # CPU threads; 0 leaves torch's choice
 
     def __post_init__(self) -> None:
+        require(self.ds_config != "", "ds_config", self.ds_config, "give a file of ds_configs/ or a path, or null")
+        require(self.device != "", "device", self.device, "give cpu or cuda, or null for the better one there is")
         require(0 <= self.threads <= 1024, "threads", self.threads, "give 0 (torch's choice) to 1024")
 
 

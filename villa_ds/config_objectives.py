@@ -46,7 +46,8 @@ class ItmConfig:
         share = self.negative_probability
         require(0 <= share <= 1, "negative_probability", share, "give a share from 0 to 1")
         require(self.ot_weight >= 0, "ot_weight", self.ot_weight, "give 0 or more")
-        require(self.ot_beta > 0, "ot_beta", self.ot_beta, "give more than 0")
+        mend = "give 0.025 or more, or exp(-2 / ot_beta) leaves float32's range"  # costs are 0 to 2
+        require(self.ot_beta >= 0.025, "ot_beta", self.ot_beta, mend)
         require(self.ot_iterations >= 1, "ot_iterations", self.ot_iterations, "give 1 or more")
 
 
