@@ -159,12 +159,6 @@ class PhaseConfig:
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", self.steps, "give 1 or more")
-        require(
-            self.adversary is None or self.adversary.warmup_steps < self.steps,
-            "adversary.warmup_steps",
-            self.adversary and self.adversary.warmup_steps,
-            f"the phase has {self.steps} steps, give less, or it never reaches its full size",
-        )
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,7 @@ def test_a_run_holds_what_the_design_lists(root: Path, straight: tuple[Path, Res
     assert f"optimizer steps 1 to {STEPS}: {STANDARD} standard, then {ADVERSARIAL} adversarial" in log
     assert "an optimizer step is the mean of 2 micro-batches of up to 128 tokens" in log
     assert "kernels: LayerNorm torch's; attention scaled_dot_product_attention" in log
+    assert "warmup" not in log
     state = json.loads((checkpoint(run, STEPS) / "run.json").read_text())
     assert state["step"] == state["position"]["step"] == STEPS
     assert state["batch_plan"] == {"lanes": 2, "world": 1}
@@ -307,6 +308,14 @@ def other_data(root: Path, to: Path) -> Path:
     path.write_text(json.dumps(content | {"fingerprint": fingerprint_of(content)}))
     (to / "held-out").rename(to / "unused")
     return to
+
+
+def test_a_warm_up_that_outlasts_its_phase_is_told(root: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(root, tmp_path)
+    adversary = dataclasses.replace(recipe.phases[1].adversary, warmup_steps=15)
+    train(dataclasses.replace(recipe, phases=(PhaseConfig("adversarial", 4, adversary),)))
+    told = "adversarial: adversary.warmup_steps is 15 of its 4 steps: the adversary comes to 25% of its size"
+    assert told in (tmp_path / "log.txt").read_text()
 
 
 def test_other_data_is_refused_unless_it_is_named(root: Path, straight: tuple[Path, Results], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from villa_ds.config import PhaseConfig, Recipe
+from villa_ds.config import AdversaryConfig, PhaseConfig, Recipe
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.data.loader import StepBatches
 from villa_ds.data.quarantine import Quarantine
@@ -245,7 +245,7 @@ def take_step(engine: Engine, work: StepInput, phase: PhaseConfig, phase_step: i
     """Accumulate the gradient of one optimizer step, with the phase's adversary if it has one."""
     if phase.adversary is None:
         return train_step(engine, work)
-    strength = min(1.0, phase_step / (phase.adversary.warmup_steps + 1))
+    strength = strength_at(phase.adversary, phase_step)
     return adversarial_step(engine, work, Adversary(phase.adversary), strength)
 
 
@@ -269,6 +269,16 @@ def announce(recipe: Recipe, engine: Engine, plan: BatchPlan, step: int, lines: 
         log.info("%s", line)
     phases = ", then ".join(f"{phase.steps} {phase.name}" for phase in recipe.phases)
     log.info("optimizer steps %d to %d: %s", step + 1, recipe.total_steps, phases)
+    for phase in recipe.phases:
+        if phase.adversary is not None and strength_at(phase.adversary, phase.steps) < 1:
+            share = 100 * strength_at(phase.adversary, phase.steps)
+            told = "adversary.warmup_steps is %d of its %d steps: the adversary comes to %.0f%% of its size"
+            log.warning(f"phase %s: {told}", phase.name, phase.adversary.warmup_steps, phase.steps, share)
+
+
+def strength_at(adversary: AdversaryConfig, phase_step: int) -> float:
+    """The share of its step size and bounds that the adversary has in a step of its phase, the first one being 1."""
+    return min(1.0, phase_step / (adversary.warmup_steps + 1))
 
 
 def sample_fields(batches: StepBatches, with_ids: bool) -> dict[str, Any]:
