@@ -138,8 +138,10 @@ def _limit(axes: "Axes", panel: Panel) -> None:
     """All of the smooth lines, and all but the rarest of the raw ones."""
     values = np.concatenate([series.values for series in panel.series])
     low, high = np.quantile(values, [0.002, 0.995])
-    margin = 0.08 * (high - low) or 0.08 * abs(high) or 1.0
-    axes.set_ylim(low - margin if panel.name.endswith("loss") else min(0.0, low), high + 2 * margin)  # room for labels
+    is_loss = panel.name.endswith("loss")
+    bottom = low if is_loss else min(0.0, low)
+    margin = 0.08 * (high - bottom) or 0.08 * abs(high) or 1.0
+    axes.set_ylim(bottom - margin if is_loss else bottom, high + 2 * margin)  # room for labels
 
 
 def draw(runs: Mapping[str, Rows], path: Path, title: str = "Training curves") -> Path:
