@@ -49,11 +49,11 @@ def warm_cache(folder: Path) -> None:
                     pass
 
 
-def family() -> list[int]:
-    """This process and its children."""
-    own = os.getpid()
+def family(process: int | None = None) -> list[int]:
+    """This process, its children and theirs."""
+    own = process or os.getpid()
     listed = Path(f"/proc/{own}/task").glob("*/children")
-    return [own, *(int(child) for path in listed for child in path.read_text().split())]
+    return [own, *(one for path in listed for child in path.read_text().split() for one in family(int(child)))]
 
 
 def processor_seconds() -> float:
