@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,34 +29,17 @@ FOLDER_VARIABLE = "VILLA_DS_CACHE"
 _PARTIAL, _NOTE, _NEW = ".partial", ".json", ".new"
 _POLL_S = 0.05  # between looks at a file that another process fetches
 _FORGOTTEN_S = 86400.0  # a partial file that nobody went on with for a day is removed
-_held: set[int] = set()  # descriptors of locked files: a child that is forked meanwhile must not keep their locks
-_forking = threading.Lock()  # held while a descriptor enters or leaves `_held`
 log = logging.getLogger("villa_ds")
-
-
-def _let_go() -> None:
-    for descriptor in _held:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-    _held.clear()
-    _forking.release()
-
-
-os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_let_go)
 
 
 @contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
-    """A descriptor that no child inherits."""
-    with _forking:
-        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
-        _held.add(descriptor)
+    """A descriptor that no other program inherits: a lock on it ends here."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
     try:
         yield descriptor
     finally:
-        with _forking:
-            _held.discard(descriptor)
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def default_folder() -> Path:
