@@ -1,8 +1,8 @@
 """Work spread over processes, its results in order, and where a run's loader processes come from.
 
 Never by a plain fork: a run has threads that are not Python's (gloo's, NCCL's, those of torch), and a child that is
-forked while one of them holds a lock waits for it for ever. CPython before 3.13 has such a lock of its own, taken
-by a thread that drops a tensor.
+forked while one of them holds a lock waits for it for ever. CPython before 3.12 has such a lock of its own
+(its issue 112275), which a thread takes when it drops a tensor.
 """
 
 import contextlib
