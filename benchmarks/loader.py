@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One loader in this process: the seconds to its first batch and, unless it only resumes, its pace."""
     torch.set_num_threads(1)
     if options.one == "mosaicml-streaming":
-        loader_peers.import_streaming()
+        loader_sets.import_streaming()
     base = memory()
     started, used = time.perf_counter(), processor_seconds()
     stream = loader_peers.PEERS[options.one](options.folder, options.workers, options.skipped)

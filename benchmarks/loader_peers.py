@@ -4,14 +4,10 @@ Peers deliver what they usually do: token ids, features and boxes, padded, witho
 prepares masked language modelling besides.
 """
 
-import importlib
 import io
 import json
-import sys
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -223,19 +219,6 @@ def uniter_compressed(folder: Path, workers: int, skipped: float) -> Stream:
     return _uniter(folder / "lmdb-compressed", True, workers, skipped)
 
 
-def import_streaming() -> Any:
-    """mosaicml-streaming, which imports torchvision for data sets of images; those are not used here."""
-    if importlib.util.find_spec("torchvision") is None:
-        names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
-        for name in names:
-            module = types.ModuleType(name)
-            module.__spec__ = ModuleSpec(name, None)
-            sys.modules[name] = module
-        sys.modules["torchvision.datasets"].VisionDataset = object  # type: ignore[attr-defined]
-        sys.modules["torchvision.transforms.functional"].to_tensor = None  # type: ignore[attr-defined]
-    return importlib.import_module("streaming")
-
-
 def _expand(samples: list[dict[str, Any]]) -> tuple[Tensor, ...]:
     pairs = [
         (sample["features"], sample["boxes"], text["word_pieces"])
@@ -247,7 +230,7 @@ def _expand(samples: list[dict[str, Any]]) -> tuple[Tensor, ...]:
 
 def mosaic_streaming(folder: Path, workers: int, skipped: float) -> Stream:
     """mosaicml-streaming: a sample an image, whose texts become neighbouring rows; resumed by its own state."""
-    streaming = import_streaming()
+    streaming = loader_sets.import_streaming()
     streaming.base.util.clean_stale_shared_memory()
     rows = ROWS // loader_sets.TEXTS
     dataset = streaming.StreamingDataset(

@@ -4,11 +4,14 @@ Sizes are those of bottom-up features: 36 to 100 regions x 2048 float16 with den
 image. Values are drawn from a pool of rows, half of whose features are zero, as after a detector's ReLU.
 """
 
-import importlib
+import importlib.util
 import io
 import json
 import shutil
+import sys
+import types
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +123,25 @@ def _packed(array: NDArray[Any]) -> dict[bytes, Any]:
     }  # fmt: skip
 
 
+def import_streaming() -> Any:
+    """mosaicml-streaming, which imports torchvision for data sets of images; those are not used here."""
+    if importlib.util.find_spec("torchvision") is None:
+        names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+        for name in names:
+            module = types.ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None)
+            sys.modules[name] = module
+        sys.modules["torchvision.datasets"].VisionDataset = object  # type: ignore[attr-defined]
+        sys.modules["torchvision.transforms.functional"].to_tensor = None  # type: ignore[attr-defined]
+    return importlib.import_module("streaming")
+
+
 def write_mds(folder: Path, images: int) -> None:
     """mosaicml-streaming's form: a sample an image, its texts as JSON."""
     columns = {
         "features": "ndarray:float16", "boxes": "ndarray:float32", "labels": "ndarray:float16", "texts": "json",
     }  # fmt: skip
-    streaming = importlib.import_module("streaming")
+    streaming = import_streaming()
     with streaming.MDSWriter(out=str(folder), columns=columns, size_limit=1 << 27) as writer:
         for group in make_groups(images):
             image = group.images[0]
