@@ -41,7 +41,7 @@ setup(
     packages=find_packages(include=["villa_ds", "villa_ds.*"]),
     package_data={"villa_ds": ["py.typed"]},
     cmdclass={"build_py": BuildWithResources},
-    entry_points={"console_scripts": ["villa-ds = villa_ds.cli:main"]},
+    entry_points={"console_scripts": ["villa-ds = villa_ds.cli:program"]},
     install_requires=[
         "deepspeed>=0.15",
         "fsspec>=2024.2",

@@ -22,6 +22,7 @@ from villa_ds.config import Recipe, load_recipe
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.estimate import STAGES, assumed_data, states_of, trace
 from villa_ds.resources import find_recipe
+from villa_ds.train.ending import end
 from villa_ds.train.engine import build_engine
 from villa_ds.train.loop import take_step
 from villa_ds.train.module import build_module
@@ -95,7 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rank_of:
         rank_main(options)
-        return
+        end(0)
     started, results = record.environment(), {}
     for stage, ranks in RUNS:
         if stage not in options.stages:

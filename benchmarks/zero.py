@@ -25,6 +25,7 @@ from workload import batch_of, manifest, vqa_objective, without_dropout
 
 from villa_ds.config import AdversaryConfig, EngineConfig, ModalityConfig, ModelConfig, OptimizerConfig
 from villa_ds.train.adversary import Adversary
+from villa_ds.train.ending import end
 from villa_ds.train.engine import build_engine
 from villa_ds.train.module import build_module
 from villa_ds.train.step import StepInput, adversarial_step, train_step
@@ -181,7 +182,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rank_of:
         rank_main(options)
-        return
+        end(0)
     started, results = record.environment(), {}
     for variant in options.variants:
         for world in options.worlds:

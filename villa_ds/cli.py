@@ -9,12 +9,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from villa_ds import __version__
 from villa_ds.cli_shards import above_zero, add_extractor, add_shards, positive
 from villa_ds.config import load_recipe
 from villa_ds.errors import ConfigError, DataError, VillaError
 from villa_ds.resources import find_recipe
+from villa_ds.train.ending import end
 
 DISK_ERRORS = (  # not of our making: the disk's, and of paths that cannot be what they were given as
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO),
@@ -23,6 +25,11 @@ DISK_ERRORS = (  # not of our making: the disk's, and of paths that cannot be wh
 MEMORY_MEND = (
     "lower data.tokens, data.lanes, data.prefetch or the model's sizes; `villa-ds estimate` says what a model takes"
 )
+
+
+def program() -> NoReturn:
+    """`villa-ds`: `main`, and the end of the process."""
+    end(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

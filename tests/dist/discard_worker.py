@@ -16,6 +16,7 @@ from villa_ds.config import AdversaryConfig, EngineConfig, ModalityConfig, Optim
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.errors import NonFiniteError
 from villa_ds.train.adversary import Adversary
+from villa_ds.train.ending import end
 from villa_ds.train.engine import build_engine
 from villa_ds.train.step import StepInput, adversarial_step, train_step
 
@@ -67,3 +68,4 @@ def main() -> None:
 
 
 main()
+end(0)

@@ -18,6 +18,7 @@ from villa_ds.config import AdversaryConfig, EngineConfig, ModalityConfig, Optim
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.models import products
 from villa_ds.train.adversary import Adversary
+from villa_ds.train.ending import end
 from villa_ds.train.engine import build_engine
 from villa_ds.train.step import StepInput, adversarial_step, train_step
 
@@ -109,3 +110,4 @@ def main() -> None:
 
 
 main()
+end(0)

@@ -110,6 +110,7 @@ ORDER = (
     "train.optim",
     "train.adversary",
     "train.torch_engine",
+    "train.ending",
     "train.engine",
     "train.checkpoint",
     "train.state",

@@ -68,7 +68,7 @@ def test_wheel_carries_what_ships(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
-        assert "villa-ds = villa_ds.cli:main" in archive.read(entry_points).decode()
+        assert "villa-ds = villa_ds.cli:program" in archive.read(entry_points).decode()
         for source, folder in [("launch/recipes", "_recipes"), ("ds_configs", "_ds_configs")]:
             for path in (ROOT / source).iterdir():
                 assert archive.read(f"villa_ds/{folder}/{path.name}") == path.read_bytes()

@@ -22,6 +22,7 @@ from villa_ds.batch import Batch, LossOutput, Perturbation
 from villa_ds.config import EngineConfig, OptimizerConfig
 from villa_ds.errors import ConfigError, NonFiniteError, RankLostError
 from villa_ds.resources import find_ds_config
+from villa_ds.train.ending import leave_ranks
 from villa_ds.train.module import TrainModule
 from villa_ds.train.optim import build_optimizer, set_learning_rate
 from villa_ds.train.parameters import (
@@ -187,7 +188,7 @@ class DeepSpeedEngine:
                     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=self._timeout)
                 except torch.distributed.DistError as error:
                     raise RankLostError(f"the {self.world} ranks did not find each other: {error}") from None
-                atexit.register(_leave_ranks)
+                atexit.register(leave_ranks)
             engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         engine.train()
         return engine
@@ -462,12 +463,6 @@ def move_loss_scale(scaler: Any, overflow: bool) -> None:
     if overflow and scaler.cur_scale <= scaler.min_scale and 1 in (scaler.delayed_shift, scaler.cur_hysteresis):
         raise NonFiniteError(f"the gradient overflows at the smallest loss scale, {scaler.min_scale}")
     scaler.update_scale(overflow)
-
-
-def _leave_ranks() -> None:
-    """End torch.distributed's threads before the interpreter ends, which aborts now and then if they still run."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
