@@ -1,10 +1,11 @@
-"""The command line: `villa-ds` or `python -m villa_ds`. Exit codes: 0 done, 2 input, 3 data damage, 75 preempted."""
+"""The command line: `villa-ds` or `python -m villa_ds`. Exit codes: docs/reliability.md."""
 
 import argparse
 import contextlib
 import errno
 import json
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import NoReturn
 from villa_ds import __version__
 from villa_ds.cli_shards import above_zero, add_extractor, add_shards, positive
 from villa_ds.config import load_recipe
-from villa_ds.errors import ConfigError, DataError, VillaError
+from villa_ds.errors import EXIT_INTERRUPTED, ConfigError, DataError, VillaError
 from villa_ds.resources import find_recipe
 from villa_ds.train.ending import end
 
@@ -25,6 +26,7 @@ DISK_ERRORS = (  # not of our making: the disk's, and of paths that cannot be wh
 MEMORY_MEND = (
     "lower data.tokens, data.lanes, data.prefetch or the model's sizes; `villa-ds estimate` says what a model takes"
 )
+CLEAR_LINE = "\r\x1b[K"
 
 
 def program() -> NoReturn:
@@ -46,21 +48,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result: int = parsed.run(parsed)
     except VillaError as error:
-        print(f"villa-ds: {error}", file=sys.stderr)
+        _complain(str(error))
         return error.exit_code
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one, while Python puts its things away, ends that
+        _complain(parsed.interrupted)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stderr.close()
         return 0
     except (MemoryError, OSError, RuntimeError) as error:
         if _no_memory(error):
             said = next(iter(str(error).splitlines()), type(error).__name__)
-            print(f"villa-ds: not enough memory: {said}; {MEMORY_MEND}", file=sys.stderr)
+            _complain(f"not enough memory: {said}; {MEMORY_MEND}")
             return VillaError.exit_code
         if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
             raise
-        print(f"villa-ds: {error.filename or 'a file'}: {error.strerror}; mend that, start again", file=sys.stderr)
+        _complain(f"{error.filename or 'a file'}: {error.strerror}; mend that, start again")
         return VillaError.exit_code
     return result
+
+
+def _complain(message: str) -> None:
+    """One line on stderr, in place of the progress that a terminal may still show."""
+    print(f"{CLEAR_LINE if sys.stderr.isatty() else ''}villa-ds: {message}", file=sys.stderr)
 
 
 def _no_memory(error: Exception) -> bool:
@@ -76,6 +87,7 @@ def _no_memory(error: Exception) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="villa-ds", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
+    parser.set_defaults(interrupted="interrupted")  # what is said of a Ctrl-C
     parser.add_argument(
         "--local_rank", help=argparse.SUPPRESS
     )  # the deepspeed launcher gives it; LOCAL_RANK says the same
@@ -87,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--allow-change", action="append", default=[], metavar="KEY", help="a recipe key that may differ on a resume"
     )
-    command.set_defaults(run=_train)
+    command.set_defaults(run=_train, interrupted="interrupted; the same command goes on from the last checkpoint")
 
     command = commands.add_parser(
         "evaluate", help="metrics and predictions on held-out sets, also of several checkpoint=... together"

@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +110,7 @@ def _add_texts(action: argparse.ArgumentParser, usual: str) -> None:
 
 
 def _add_conversion(action: argparse.ArgumentParser) -> None:
+    action.set_defaults(interrupted="interrupted; the same command goes on where it was")
     action.add_argument("--vocabulary", required=True, type=Path, metavar="vocab.txt")
     action.add_argument(
         "--extra-pieces", type=positive, default=0, metavar="N", help="ids beyond the vocabulary; VCR has 81"
@@ -347,9 +347,6 @@ def _convert(parsed: argparse.Namespace, convert: "Callable[[Settings], Account]
     except IncompleteError as error:
         print(error.account)
         raise
-    except KeyboardInterrupt:
-        print("villa-ds: interrupted; the same command goes on where it was", file=sys.stderr)
-        return 128 + signal.SIGINT
     return 0
 
 

@@ -3,6 +3,7 @@
 `villa_ds.cli` turns each into a line on stderr and its `exit_code`; anything else is a bug and keeps its traceback.
 """
 
+EXIT_INTERRUPTED = 130  # by Ctrl-C (SIGINT), the number that shells give it
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, requeue me
 EXIT_RANK_LOST = 76  # a rank died or hung: start the job again from its last checkpoint
 

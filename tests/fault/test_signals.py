@@ -26,7 +26,7 @@ from tests.fault.jobs import (
 )
 from tests.runs import assert_same_run, make_data
 from tests.shards import make_shards
-from villa_ds.errors import EXIT_PREEMPTED
+from villa_ds.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 pytestmark = pytest.mark.fault
 RARELY = {"every": 1000}  # what is saved is saved because of the signal
@@ -80,6 +80,21 @@ def test_in_the_steps_to_all_processes_of_the_job(root: Path, reference: Path, t
     step = steps_written(run)
     assert line == f"villa-ds: asked to stop ({signal.Signals(number).name}): saved step {step}, start again to go on"
     assert checkpoints(run) == [f"step-{step:08d}"]
+    run_to_end(recipe)
+    assert_same_run(run, reference)
+
+
+def test_interrupted_at_a_terminal(root: Path, reference: Path, tmp_path: Path) -> None:
+    """Ctrl-C comes to all processes and saves nothing: one line, and the run goes on from its last checkpoint."""
+    run = tmp_path / "run"
+    recipe = recipe_file(root, run, checkpoints={"every": 2}, data={"workers": 2}, log={"every": 1})
+    with job(recipe, "slow=0.2") as processes:
+        wait_until(lambda: steps_written(run) >= 3, processes)
+        os.killpg(processes[0].pid, signal.SIGINT)
+        ((code, stderr),) = finish(processes)
+    assert code == EXIT_INTERRUPTED, stderr[-4000:]
+    assert stderr.splitlines()[-1] == "villa-ds: interrupted; the same command goes on from the last checkpoint"
+    assert "Traceback" not in stderr
     run_to_end(recipe)
     assert_same_run(run, reference)
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.runs import make_data, tiny_recipe, write_recipe
 from villa_ds import __version__
 from villa_ds.cli import main
 from villa_ds.config import load_recipe
+from villa_ds.errors import EXIT_INTERRUPTED
 from villa_ds.trace import trace
 
 
@@ -196,6 +198,42 @@ def test_too_little_memory_is_one_line(
     monkeypatch.setattr("villa_ds.train.loop.train", fail)
     assert main(["train", str(recipe)]) == 2
     assert capsys.readouterr().err.startswith(f"villa-ds: not enough memory: {said}; lower data.tokens")
+
+
+@pytest.mark.parametrize(
+    ("handler", "arguments", "said"),
+    [
+        ("cli._evaluate", ["evaluate", "demo-vqa"], "interrupted"),
+        ("cli._train", ["train", "demo-vqa"], "interrupted; the same command goes on from the last checkpoint"),
+        ("cli_shards._verify", ["shards", "verify", "SET"], "interrupted"),
+    ],
+)
+def test_an_interrupt_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    handler: str,
+    arguments: list[str],
+    said: str,
+) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"villa_ds.{handler}", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(arguments) == EXIT_INTERRUPTED
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the second one needs no words
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == f"villa-ds: {said}\n"
+
+
+def test_on_a_terminal_an_error_takes_the_place_of_the_progress(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["compare", "/nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("\r\x1b[Kvilla-ds: /nowhere")
 
 
 def test_an_estimate_needs_numbers_above_zero(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Path | None, limit: int = 0,
             _write_predictions(out, task, objective, rows)
     if engine.rank == 0:
         _write_metrics(out / "metrics.json", results)
+        log.info("written to %s", out)
     return out
 
 
@@ -109,6 +110,7 @@ def evaluate_ensemble(recipe: Recipe, checkpoints: Sequence[Path], limit: int = 
         _write_predictions(out, task, objective, collector.rows)
     _write_metrics(out / "members.json", members)
     _write_metrics(out / "metrics.json", results)
+    log.info("written to %s", out)
     return out
 
 
@@ -143,7 +145,6 @@ def _write_predictions(out: Path, task: str, objective: Objective, rows: Sequenc
 def _write_metrics(path: Path, metrics: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    log.info("written to %s", path.parent)
 
 
 class Collector:
