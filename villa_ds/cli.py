@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import json
+import os
 import shlex
 import signal
 import sys
@@ -16,12 +17,13 @@ from villa_ds import __version__
 from villa_ds.cli_shards import above_zero, add_extractor, add_shards, positive
 from villa_ds.config import load_recipe
 from villa_ds.errors import EXIT_INTERRUPTED, ConfigError, DataError, VillaError
+from villa_ds.files import replace_file
 from villa_ds.resources import find_recipe
 from villa_ds.train.ending import end
 
 DISK_ERRORS = (  # not of our making: the disk's, and of paths that cannot be what they were given as
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO),
-    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
 )
 MEMORY_MEND = (
     "lower data.tokens, data.lanes, data.prefetch or the model's sizes; `villa-ds estimate` says what a model takes"
@@ -36,6 +38,9 @@ def program() -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn an error that the user can mend into one line on stderr."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this: a file opened later must not get its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     # argparse takes positional arguments once; overrides may also follow an option.
@@ -64,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return VillaError.exit_code
         if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
             raise
-        _complain(f"{error.filename or 'a file'}: {error.strerror}; mend that, start again")
+        _complain(f"{error.filename or 'the standard output'}: {error.strerror}; mend that, start again")
         return VillaError.exit_code
     return result
 
@@ -230,6 +235,7 @@ def _predict(parsed: argparse.Namespace) -> int:
         parsed.runs, load_extractor(parsed.extractor, parsed.settings), parsed.objective, parsed.device
     )
     asked = failed = 0
+    written: list[str] = []
     with contextlib.ExitStack() as stack:
         images, texts = parsed.images, parsed.texts
         if parsed.image is not None:
@@ -237,11 +243,12 @@ def _predict(parsed: argparse.Namespace) -> int:
             images, texts = single_picture(scratch, parsed.image, parsed.text)
         if parsed.out is not None:
             parsed.out.parent.mkdir(parents=True, exist_ok=True)
-        rows = predictor.ask(images, texts, parsed.top, parsed.processes)
-        out = sys.stdout if parsed.out is None else stack.enter_context(parsed.out.open("w", encoding="utf-8"))
-        for row in rows:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        write = sys.stdout.write if parsed.out is None else written.append
+        for row in predictor.ask(images, texts, parsed.top, parsed.processes):
+            write(json.dumps(row, ensure_ascii=False) + "\n")
             asked, failed = asked + 1, failed + ("error" in row)
+    if parsed.out is not None:
+        replace_file(parsed.out, "".join(written).encode())
     if failed:
         raise DataError(f'{failed} of {asked} texts have no answer: see "error" in their lines')
     return 0

@@ -1,7 +1,9 @@
 """Files that are whole or not there, survive a loss of power, and are known by their digest."""
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,13 +20,32 @@ def sync(path: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that it is either complete under its name or not there."""
+    """Write a file so that it is either complete under its name or not there; a device or a pipe is written to."""
+    if path.exists() and not path.is_file():
+        with naming(path):
+            path.write_bytes(data)
+        return
     temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with naming(temporary), temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError say which file it is about: that of a write, a full disk's say, does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def sha256_of(file: BinaryIO) -> str:

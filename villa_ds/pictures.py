@@ -4,7 +4,6 @@ Pictures are drawn by matplotlib's Agg, without a display and without the global
 """
 
 import io
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from villa_ds.errors import ConfigError
+from villa_ds.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,9 +90,7 @@ def picture(
         data = io.BytesIO()
         figure.savefig(data, format="png", metadata={"Software": None})  # no version in the file
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_bytes(data.getvalue())
-    os.replace(temporary, path)
+    replace_file(path, data.getvalue())
 
 
 def fewer_colours(path: Path) -> None:

@@ -236,6 +236,32 @@ def test_on_a_terminal_an_error_takes_the_place_of_the_progress(
     assert capsys.readouterr().err.startswith("\r\x1b[Kvilla-ds: /nowhere")
 
 
+@pytest.mark.parametrize(
+    ("number", "path", "said"),
+    [
+        (errno.ENOSPC, None, "the standard output: No space left on device"),
+        (errno.EEXIST, "a/file", "a/file: File exists"),  # of a folder that is to be made
+        (errno.ENOENT, "/proc/x", "/proc/x: No such file or directory"),
+        (errno.EPERM, "a/file", "a/file: Operation not permitted"),
+    ],
+)
+def test_what_the_disk_refuses_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, path: str | None, said: str
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr("villa_ds.cli._doctor", fail)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == f"villa-ds: {said}; mend that, start again\n"
+
+
+def test_closed_output_is_no_error(recipe: Path) -> None:
+    command = f"'{sys.executable}' -m villa_ds shards stat '{recipe.parent}' >&- 2>&-"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.run(["bash", "-c", command], env=environment, timeout=60, check=False).returncode == 2
+
+
 def test_an_estimate_needs_numbers_above_zero(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for option, number in (("--tflops", "0"), ("--utilisation", "-1"), ("--gpu-memory-gib", "nan")):
         assert exit_of("estimate", str(recipe), option, number) == 2

@@ -26,6 +26,7 @@ from villa_ds.analysis.rephrasing import FORMS
 from villa_ds.analysis.runs import TrainedRun, open_runs
 from villa_ds.analysis.table import cells_of
 from villa_ds.errors import ConfigError
+from villa_ds.files import replace_file
 from villa_ds.mapping import to_mapping
 from villa_ds.train.rundir import FREE_KEYS, differences
 
@@ -63,9 +64,9 @@ def report(named: Sequence[str], out: Path, inside: Inside, command: str, device
     if inside.curves is not None:
         draw({run.label: run.rows() for run in found.runs}, inside.curves)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page("Looking inside trained runs", lead, sections), encoding="utf-8")
+    replace_file(out, page("Looking inside trained runs", lead, sections).encode())
     content = json.dumps(numbers(found) | made, indent=1, ensure_ascii=False, allow_nan=False)
-    out.with_suffix(NUMBERS_SUFFIX).write_text(content + "\n", encoding="utf-8")
+    replace_file(out.with_suffix(NUMBERS_SUFFIX), f"{content}\n".encode())
     return out
 
 

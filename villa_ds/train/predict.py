@@ -11,6 +11,7 @@ from villa_ds.batch import Batch, LossOutput
 from villa_ds.config import Recipe
 from villa_ds.data.lanes import BatchPlan
 from villa_ds.errors import ConfigError
+from villa_ds.files import replace_file
 from villa_ds.objectives.base import UNLABELLED, Objective
 from villa_ds.objectives.retrieval import ImageTextRetrieval
 from villa_ds.train.checkpoint import MANIFEST, read_state, resolve_checkpoint
@@ -136,15 +137,15 @@ def _write_predictions(out: Path, task: str, objective: Objective, rows: Sequenc
         return
     out.mkdir(parents=True, exist_ok=True)
     rows, name = sorted(rows, key=lambda row: str(row["id"])), task.replace("/", "-")
-    (out / f"predictions-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    replace_file(out / f"predictions-{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     submission = objective.submission(rows)
     if submission is not None:
-        (out / f"submission-{name}{submission[0]}").write_text(submission[1], encoding="utf-8")
+        replace_file(out / f"submission-{name}{submission[0]}", submission[1].encode())
 
 
 def _write_metrics(path: Path, metrics: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    replace_file(path, (json.dumps(metrics, indent=1) + "\n").encode())
 
 
 class Collector:
