@@ -63,13 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except (MemoryError, OSError, RuntimeError) as error:
-        if _no_memory(error):
-            said = next(iter(str(error).splitlines()), type(error).__name__)
-            _complain(f"not enough memory: {said}; {MEMORY_MEND}")
-            return VillaError.exit_code
-        if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
+        refused = _refused(error)
+        if refused is None:
             raise
-        _complain(f"{error.filename or 'the standard output'}: {error.strerror}; mend that, start again")
+        _complain(refused)
         return VillaError.exit_code
     return result
 
@@ -77,6 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _complain(message: str) -> None:
     """One line on stderr, in place of the progress that a terminal may still show."""
     print(f"{CLEAR_LINE if sys.stderr.isatty() else ''}villa-ds: {message}", file=sys.stderr)
+
+
+def _refused(error: Exception) -> str | None:
+    """What the machine refused, with the mend; None of an error that is a bug."""
+    if _no_memory(error):
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"not enough memory: {said}; {MEMORY_MEND}"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files: raise `ulimit -n`, or lower data.workers"
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error.filename or 'a file or the standard output'}: {error.strerror}; mend that, start again"
+    return None
 
 
 def _no_memory(error: Exception) -> bool:

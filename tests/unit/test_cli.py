@@ -239,10 +239,11 @@ def test_on_a_terminal_an_error_takes_the_place_of_the_progress(
 @pytest.mark.parametrize(
     ("number", "path", "said"),
     [
-        (errno.ENOSPC, None, "the standard output: No space left on device"),
-        (errno.EEXIST, "a/file", "a/file: File exists"),  # of a folder that is to be made
-        (errno.ENOENT, "/proc/x", "/proc/x: No such file or directory"),
-        (errno.EPERM, "a/file", "a/file: Operation not permitted"),
+        (errno.ENOSPC, None, "a file or the standard output: No space left on device; mend that, start again"),
+        (errno.EEXIST, "a", "a: File exists; mend that, start again"),  # of a folder that is to be made
+        (errno.ENOENT, "/proc/x", "/proc/x: No such file or directory; mend that, start again"),
+        (errno.EPERM, "a", "a: Operation not permitted; mend that, start again"),
+        (errno.EMFILE, None, "too many open files: raise `ulimit -n`, or lower data.workers"),
     ],
 )
 def test_what_the_disk_refuses_is_one_line(
@@ -253,7 +254,7 @@ def test_what_the_disk_refuses_is_one_line(
 
     monkeypatch.setattr("villa_ds.cli._doctor", fail)
     assert main(["doctor"]) == 2
-    assert capsys.readouterr().err == f"villa-ds: {said}; mend that, start again\n"
+    assert capsys.readouterr().err == f"villa-ds: {said}\n"
 
 
 def test_closed_output_is_no_error(recipe: Path) -> None:
