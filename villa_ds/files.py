@@ -20,12 +20,16 @@ def sync(path: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that it is either complete under its name or not there; a device or a pipe is written to."""
+    """Write a file so that it is either complete under its name or not there; a device or a pipe is written to.
+
+    A symbolic link is followed.
+    """
+    path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         with naming(path):
             path.write_bytes(data)
         return
-    temporary = path.with_name(f"{path.name}.partial")
+    temporary = unfinished(path)
     try:
         with naming(temporary), temporary.open("wb") as stream:
             stream.write(data)
@@ -35,6 +39,11 @@ def replace_file(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def unfinished(path: Path) -> Path:
+    """The name of a file until it is complete."""
+    return path.with_name(f"{path.name}.partial")
 
 
 @contextlib.contextmanager

@@ -37,3 +37,14 @@ def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
     assert os.read(reader, 10) == b"data"
     os.close(reader)
     assert path.is_fifo()
+
+
+def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for target in (folder / "file", folder / "missing"):
+        link = tmp_path / target.name
+        link.symlink_to(target)
+        replace_file(link, b"data")
+        assert link.is_symlink()
+        assert target.read_bytes() == b"data"

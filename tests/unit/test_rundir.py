@@ -187,7 +187,7 @@ def test_a_start_that_took_no_step_does_not_bind_the_mended_recipe(tmp_path: Pat
 def test_a_start_killed_while_it_wrote_the_recipe_does_not_matter(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.yaml.tmp").write_text("name: ti")
+    (run / "config.yaml.partial").write_text("name: ti")
     begin(recipe_in(run))
     assert sorted(content(run)) == ["config.yaml", "log.txt"]
 

@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from villa_ds.errors import NonFiniteError, PreemptedError, RolledBackError
+from villa_ds.files import replace_file
 
 METRICS_NAME = "metrics.jsonl"
 LOSSES = ("loss", "perturbed_loss")  # of a pass, whatever else its objective reports
@@ -243,12 +244,7 @@ def cut_metrics(path: Path, last_step: int) -> None:
         if beyond:
             break
         kept.append(line + b"\n")
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(b"".join(kept))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_file(path, b"".join(kept))
 
 
 class Stopwatch:

@@ -7,7 +7,6 @@ differ.
 import contextlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 
 from villa_ds.config import Recipe, dump
 from villa_ds.errors import CheckpointError, ConfigError
+from villa_ds.files import replace_file, unfinished
 from villa_ds.mapping import from_mapping, to_mapping
 from villa_ds.train.checkpoint import FOLDER
 from villa_ds.train.metrics import METRICS_NAME
@@ -71,13 +71,7 @@ def open_run_directory(recipe: Recipe, *, rank: int, allow_change: Iterable[str]
 
 def write_recipe(directory: Path, recipe: Recipe) -> None:
     """`config.yaml`: the recipe as it is resolved."""
-    _write_whole(directory / RECIPE_NAME, dump(recipe))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A kill leaves the old file or the new one."""
-    _unfinished(path).write_text(text, encoding="utf-8")
-    os.replace(_unfinished(path), path)
+    replace_file(directory / RECIPE_NAME, dump(recipe).encode())
 
 
 def refuse_changes(directory: Path, recipe: Recipe, allow_change: Iterable[str]) -> None:
@@ -85,7 +79,7 @@ def refuse_changes(directory: Path, recipe: Recipe, allow_change: Iterable[str])
     path = directory / RECIPE_NAME
     if not path.exists():
         own = {
-            _unfinished(path).name,
+            unfinished(path).name,
             LOG_NAME,
             LOCK_NAME,
             EVALUATION,
@@ -132,10 +126,6 @@ def _is_empty(directory: Path) -> bool:
     metrics = directory / METRICS_NAME
     taken = metrics.exists() and metrics.stat().st_size > 0
     return not taken and not any((directory / FOLDER).glob("step-*"))
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f"{path.name}.tmp")
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
@@ -185,4 +175,4 @@ def read_results(directory: Path) -> dict[str, dict[str, float]] | None:
 
 def write_results(directory: Path, results: Mapping[str, Any]) -> None:
     """`results.json`: the final validation."""
-    _write_whole(directory / RESULTS_NAME, json.dumps(results, indent=1) + "\n")
+    replace_file(directory / RESULTS_NAME, f"{json.dumps(results, indent=1)}\n".encode())
