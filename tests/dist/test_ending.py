@@ -19,8 +19,11 @@ end(7)
 """
 IN_ORDER = """
 import atexit, threading, time, torch.distributed as distributed
+from concurrent.futures import ThreadPoolExecutor
 from villa_ds.train.ending import end
 distributed.init_process_group("gloo")
+pool = ThreadPoolExecutor(1)  # idle, and never shut down, as those of remote file systems
+pool.submit(time.time).result()
 threading.Thread(target=lambda: (time.sleep(0.5), print("the thread is done"))).start()
 atexit.register(print, "exit functions run")
 end(7)
