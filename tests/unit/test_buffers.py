@@ -80,8 +80,9 @@ def test_a_process_that_was_started_with_buffers_fills_them() -> None:
     results: SimpleQueue[tuple[int, Place, bool]] = context.SimpleQueue()
     process = context.Process(target=fill_in_another_process, args=(buffers, results))
     process.start()
+    process.join(timeout=60)
+    assert process.exitcode == 0
     number, place, full = results.get()
-    process.join()
     assert full
     assert buffers.take(0) is None
     tensor = buffers.lease(number).tensor(place)

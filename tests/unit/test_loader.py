@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
@@ -303,6 +304,34 @@ def test_a_killed_loader_process_is_one_line(sets: Sets) -> None:
             os.kill(process, signal.SIGKILL)
     with pytest.raises(DataError, match=r"a loader process was killed, perhaps for memory; give fewer data\.workers"):
         list(steps)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.unit.test_loader import below, make_loader
+from villa_ds.data.manifest import load_manifest
+root = Path(sys.argv[1])
+steps = iter(make_loader({name: load_manifest(root / name) for name in ("large", "tiny")}, steps=400, workers=2))
+next(steps)
+print(*below(os.getpid()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_nothing_outlives_a_killed_trainer(sets: Sets, tmp_path: Path) -> None:
+    with (tmp_path / "pids").open("w") as output:  # not a pipe, whose end would wait for those that live on
+        command = [sys.executable, "-c", KILLED, str(sets["large"].folder.parent)]
+        environment = {**os.environ, "PYTHONPATH": "."}
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, stdout=output, check=False)
+    others = (tmp_path / "pids").read_text().split()
+    assert (done.returncode, len(others)) == (-signal.SIGKILL, 4)
+    deadline = time.monotonic() + 20
+    while alive := [other for other in others if Path(f"/proc/{other}").exists()]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
